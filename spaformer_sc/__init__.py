@@ -1,5 +1,33 @@
-"""Impute missing gene expression in cell-resolution spatial transcriptomics."""
+"""Impute missing gene expression in cell-resolution spatial transcriptomics.
+
+``import spaformer_sc as sf`` is light: torch, torch-geometric and squidpy load when first needed.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+_ROOMS = ("datasets", "metrics", "pp", "tl")
+
+if TYPE_CHECKING:
+    from . import datasets, metrics, pp, tl
+    from .model import SpaFormer
+
+__all__ = ["SpaFormer", "__version__", "datasets", "metrics", "pp", "tl"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "SpaFormer":
+        from .model import SpaFormer
+
+        return SpaFormer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

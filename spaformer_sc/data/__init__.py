@@ -1,0 +1,1 @@
+"""From AnnData to fields of view: labels, graphs, tiles, counts and held-out parts."""

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: attention, encoder, decoders, likelihoods and corruption."""

@@ -1,0 +1,1 @@
+"""The fit: sequences of cells, the loss loop, early stopping, prediction over fields of view."""

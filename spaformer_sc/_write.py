@@ -1,0 +1,130 @@
+"""The one place that writes: results into an AnnData, and AnnData to disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ._keys import Keys
+from ._logging import logger
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+SUFFIXES = (".h5ad", ".zarr")
+
+
+def write_result(
+    adata: AnnData,
+    keys: Keys,
+    *,
+    expression: NDArray[np.float32],
+    embedding: NDArray[np.float32],
+    gene_scores: pd.DataFrame,
+    record: dict[str, Any],
+) -> None:
+    """Write everything that a fit gives into its slots, one logged line each.
+
+    Parameters
+    ----------
+    adata
+        Written to; a view becomes an AnnData of its own, as in scanpy, and what it was a view of stays as it is.
+    keys
+        Slot names.
+    expression
+        Layer (cells, genes).
+    embedding
+        Latent (cells, n_latent).
+    gene_scores
+        Scores (genes × scores).
+    record
+        ``params``, ``history`` and ``scores`` for ``uns``.
+    """
+    from anndata import ImplicitModificationWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        adata.layers[keys.layer] = expression
+    adata.obsm[keys.embedding] = embedding
+    for score in gene_scores:
+        adata.var[keys.var(score)] = gene_scores[score].to_numpy()
+    adata.uns[keys.uns] = record
+    logger.info("added %r, %s float32 (adata.layers)", keys.layer, expression.shape)
+    logger.info("added %r, %s float32 (adata.obsm)", keys.embedding, embedding.shape)
+    for score in gene_scores:
+        logger.info("added %r (adata.var)", keys.var(score))
+    logger.info("added %r: params, history, scores (adata.uns)", keys.uns)
+
+
+def check_path(name: str, path: str | os.PathLike[str]) -> Path:
+    """Check that a file to write ends in ``.h5ad`` or ``.zarr`` and that its folder can be written to.
+
+    Raises
+    ------
+    ValueError
+        If the ending is neither.
+    FileNotFoundError, PermissionError
+        If the folder does not exist or cannot be written to.
+    """
+    target = Path(path)
+    if target.suffix not in SUFFIXES:
+        raise ValueError(f"`{name}={os.fspath(path)!r}` must end in .h5ad or .zarr.")
+    folder = target.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`{name}={os.fspath(path)!r}`: the folder {folder} does not exist; create it first.")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"`{name}={os.fspath(path)!r}`: the folder {folder} cannot be written to.")
+    if target.suffix == ".zarr" and target.exists() and not _is_zarr(target):
+        raise ValueError(f"`{name}={os.fspath(path)!r}` exists and is not a zarr store; choose another path.")
+    if target.suffix == ".h5ad" and target.is_dir():
+        raise ValueError(f"`{name}={os.fspath(path)!r}` is a folder; choose another path.")
+    return target
+
+
+def _is_zarr(path: Path) -> bool:
+    return any((path / marker).exists() for marker in ("zarr.json", ".zgroup", ".zattrs"))
+
+
+def write_atomically(adata: AnnData, path: str | os.PathLike[str]) -> None:
+    """Write an AnnData as ``.h5ad`` or ``.zarr`` so that either the old file or the whole new one is there.
+
+    Written beside the target under a temporary name, flushed to disk, then renamed.
+
+    Parameters
+    ----------
+    adata
+        What to write.
+    path
+        File (``.h5ad``) or store (``.zarr``).
+    """
+    target = Path(path).absolute()
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        fresh = staging / target.name
+        if target.suffix == ".h5ad":
+            adata.write_h5ad(fresh, compression="gzip", compression_opts=1)
+            with open(fresh, "rb") as handle:
+                os.fsync(handle.fileno())
+        else:
+            adata.write_zarr(fresh)
+        if target.is_dir():
+            # A folder cannot be replaced in one step: the old store steps aside, and comes back if the new one fails.
+            old = staging / "old"
+            os.replace(target, old)
+            try:
+                os.replace(fresh, target)
+            except OSError:
+                os.replace(old, target)
+                raise
+        else:
+            os.replace(fresh, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

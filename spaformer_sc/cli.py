@@ -1,0 +1,196 @@
+"""Command line: ``spaformer-sc impute`` and ``spaformer-sc demo``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from ._config import DECODERS, ENCODERS, GRAPHS, OUTPUTS, POSITIONAL, PRESETS, QUALITIES
+
+DESCRIPTION = """\
+Fill in missing gene expression in cell-resolution spatial transcriptomics (CosMx, Xenium, MERFISH, seqFISH, STARmap).
+
+  spaformer-sc demo                                     try it on a simulated tissue
+  spaformer-sc impute in.h5ad out.h5ad --library-key fov   impute your own data
+"""
+
+IMPUTE = """\
+Read an AnnData with raw counts and coordinates, impute it, and write it with the results added. The input file is not
+changed; the output appears whole or not at all.
+
+Added: layers["spaformer"] (imputed expression), obsm["X_spaformer"] (latent space), var["spaformer_*"] (held-out scores
+per gene), uns["spaformer"] (parameters, training history, overall scores).
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spaformer-sc", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"spaformer-sc {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    impute = commands.add_parser(
+        "impute",
+        help="impute an .h5ad or .zarr file",
+        description=IMPUTE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    impute.add_argument("input", metavar="IN", help="AnnData with raw counts: .h5ad or .zarr")
+    impute.add_argument("output", metavar="OUT", help="where the result goes: .h5ad or .zarr")
+    where = impute.add_argument_group("where the data are")
+    where.add_argument(
+        "--library-key",
+        nargs="+",
+        metavar="COLUMN",
+        help="obs column that names the field of view of each cell, or several (slide fov); without it the slide is one "
+        "image, tiled where large",
+    )
+    where.add_argument("--spatial-key", default="spatial", metavar="KEY", help="coordinates in obsm (default: spatial)")
+    where.add_argument("--connectivity-key", metavar="KEY", help="use this graph in obsp in place of building one")
+    where.add_argument("--layer", metavar="NAME", help="layer of raw counts (default: X)")
+    where.add_argument("--missing", metavar="NAME", help="layer that is True where a gene was not measured in a cell")
+    what = impute.add_argument_group("what is written")
+    what.add_argument("--scale", choices=OUTPUTS, default="lognorm", help="scale of the result (default: lognorm)")
+    what.add_argument("--target-sum", type=float, metavar="N", help="library size of lognorm and rate (default: median)")
+    what.add_argument("--genes", nargs="+", metavar="GENE", help="write only these genes (default: all)")
+    what.add_argument("--key-added", default="spaformer", metavar="KEY", help="name of the results (default: spaformer)")
+    model = impute.add_argument_group("the model")
+    model.add_argument("--quality", choices=QUALITIES, default="default", help="fast, default or best")
+    model.add_argument("--preset", choices=PRESETS, default="default", help="paper: the configuration of the paper")
+    model.add_argument("--positional", nargs="+", choices=(*POSITIONAL, "none"), help="positional encodings, or none")
+    model.add_argument("--encoder", choices=("auto", *ENCODERS), default="auto")
+    model.add_argument("--decoder", choices=("auto", *DECODERS), default="auto")
+    model.add_argument("--graph", choices=GRAPHS, default="knn", help="spatial graph (default: knn)")
+    model.add_argument("--n-neighbors", type=int, default=6, metavar="N", help="neighbours of knn (default: 6)")
+    model.add_argument("--radius", type=float, metavar="R", help="radius of radius, in the unit of the coordinates")
+    model.add_argument("--max-epochs", type=int, metavar="N", help="most passes over all cells (default: automatic)")
+    run = impute.add_argument_group("the run")
+    run.add_argument("--random-state", type=int, default=0, metavar="SEED")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
+    run.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
+    run.add_argument("--quiet", action="store_true", help="no progress bar and no messages but warnings")
+
+    demo = commands.add_parser(
+        "demo",
+        help="simulate a tissue, impute it, score it against the truth, save figure and data",
+        description="Simulate a tissue, impute it, compare with the truth and with two plain baselines, and save the "
+        "AnnData (demo.h5ad) and a figure (demo.png).",
+    )
+    demo.add_argument("--output", default="spaformer_demo", metavar="FOLDER", help="default: spaformer_demo")
+    demo.add_argument("--fovs", type=int, default=4, metavar="N", help="fields of view (default: 4)")
+    demo.add_argument("--cells", type=int, default=600, metavar="N", help="cells per field of view (default: 600)")
+    demo.add_argument("--genes", type=int, default=300, metavar="N", help="genes (default: 300)")
+    demo.add_argument("--max-epochs", type=int, metavar="N", help="most passes over all cells (default: automatic)")
+    demo.add_argument("--random-state", type=int, default=0, metavar="SEED")
+    demo.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
+    demo.add_argument("--quiet", action="store_true", help="no progress bar and no messages but warnings")
+    return parser
+
+
+def _read(path: str) -> object:
+    import anndata
+
+    source = Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if source.suffix == ".h5ad":
+        return anndata.read_h5ad(source)
+    if source.suffix == ".zarr":
+        return anndata.read_zarr(source)
+    raise ValueError(f"{path} must end in .h5ad or .zarr.")
+
+
+def _impute(arguments: argparse.Namespace) -> None:
+    from . import tl
+    from ._write import check_path, write_atomically
+
+    check_path("OUT", arguments.output)
+    adata = _read(arguments.input)
+    key = arguments.library_key
+    positional = arguments.positional
+    tl.impute(
+        adata,
+        library_key=key[0] if key and len(key) == 1 else key,
+        spatial_key=arguments.spatial_key,
+        connectivity_key=arguments.connectivity_key,
+        layer=arguments.layer,
+        missing=arguments.missing,
+        genes=arguments.genes,
+        output=arguments.scale,
+        target_sum=arguments.target_sum,
+        key_added=arguments.key_added,
+        quality=arguments.quality,
+        preset=arguments.preset,
+        positional="auto" if positional is None else None if positional == ["none"] else positional,
+        encoder=arguments.encoder,
+        decoder=arguments.decoder,
+        graph=arguments.graph,
+        n_neighbors=arguments.n_neighbors,
+        radius=arguments.radius,
+        max_epochs=arguments.max_epochs,
+        random_state=arguments.random_state,
+        device=arguments.device,
+        progress=not arguments.quiet,
+    )
+    write_atomically(adata, arguments.output)
+    if not arguments.quiet:
+        print(f"wrote {arguments.output}", file=sys.stderr)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from ._demo import run_demo
+
+    run_demo(
+        Path(arguments.output),
+        n_fovs=arguments.fovs,
+        n_cells=arguments.cells,
+        n_genes=arguments.genes,
+        max_epochs=arguments.max_epochs,
+        random_state=arguments.random_state,
+        progress=not arguments.quiet,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv
+        Arguments without the program's name; ``sys.argv[1:]`` by default.
+
+    Returns
+    -------
+    Exit code: 0 done, 1 the input cannot be used (message on stderr), 2 wrong arguments, 130 interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.WARNING if arguments.quiet else logging.INFO, format="%(message)s", stream=sys.stderr
+    )
+    for noisy in ("matplotlib", "fontTools", "numexpr", "numba", "PIL", "dask", "distributed", "xarray_schema"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        if arguments.threads is not None:
+            import torch
+
+            if arguments.threads < 1:
+                raise ValueError(f"--threads {arguments.threads} must be at least 1.")
+            torch.set_num_threads(arguments.threads)
+        (_impute if arguments.command == "impute" else _demo)(arguments)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"spaformer-sc: {message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("spaformer-sc: interrupted; nothing was written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

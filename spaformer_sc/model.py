@@ -1,0 +1,855 @@
+"""The model object: fit, impute, embed, save, load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from . import __version__, _checks
+from ._config import GRAPHS, OUTPUTS, Settings, resolve
+from ._logging import logger
+
+if TYPE_CHECKING:
+    import torch
+    from anndata import AnnData
+
+    from .data._fields import FieldOfView
+    from .nn.network import Network, NetworkConfig, Output
+    from .training.sequences import FieldCounts, Sampler
+
+SCHEMA = 1
+"""Version of the format of saved models."""
+
+VALIDATION_SHARE = 0.05
+"""Share of the transcripts that decides when training stops."""
+
+TEST_SHARE = 0.05
+"""Share of the transcripts that the scores are measured on; neither training nor stopping sees them."""
+
+AS_FITTED = "as fitted"
+"""Default of arguments that say where data are found: as in the fit."""
+
+
+def derived_seed(random_state: int, part: str) -> int:
+    """Seed of one stochastic part, so that no part's random numbers depend on whether another part is in use."""
+    return int(np.random.SeedSequence([random_state, zlib.crc32(part.encode())]).generate_state(1)[0] >> 1)
+
+
+@dataclass(frozen=True)
+class DataKeys:
+    """Where things are found in an AnnData; see :func:`spaformer_sc.tl.impute`."""
+
+    library_key: str | list[str] | None
+    spatial_key: str
+    connectivity_key: str | None
+    layer: str | None
+    missing: str | None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checked AnnData, taken apart: counts (cells, genes of the model), FOVs, entries not measured."""
+
+    counts: sp.csr_matrix
+    fields: list[FieldOfView]
+    missing: NDArray[np.bool_] | None
+    graph_summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Imputed expression (cells, genes asked for) and latent (cells, n_latent); None where not asked for."""
+
+    expression: NDArray[np.float32] | None
+    embedding: NDArray[np.float32] | None
+
+
+class SpaFormer:
+    """Masked autoencoder over the cells of fields of view, fitted to one or more spatial data sets.
+
+    What :func:`spaformer_sc.tl.impute` wraps. It reads AnnData objects and never writes into them.
+
+    Parameters
+    ----------
+    library_key, spatial_key, connectivity_key, layer, missing
+        Where the data are; as in :func:`spaformer_sc.tl.impute`. The methods take them too, for data that name them
+        differently.
+    preset, quality, positional, encoder, decoder, variational, masking, n_latent, max_epochs
+        The model; as in :func:`spaformer_sc.tl.impute`.
+    graph, n_neighbors, radius, tile_size
+        Spatial graphs and tiles; as in :func:`spaformer_sc.tl.impute`.
+    device, random_state, progress
+        As in :func:`spaformer_sc.tl.impute`.
+
+    Attributes
+    ----------
+    settings
+        Every choice, "auto" decided.
+    var_names
+        Genes of the fit, in order; None before it.
+    scores
+        Scores on held-out counts over all genes; see :func:`spaformer_sc.tl.impute`.
+    gene_scores
+        The same for each gene, a data frame (genes × scores).
+    history
+        One entry per validation: ``step``, ``epoch``, ``loss``, ``validation``, ``network``.
+
+    Examples
+    --------
+    >>> model = sf.SpaFormer(library_key="fov").fit(adata)
+    >>> expression = model.impute(other_slide, output="lognorm")
+    >>> model.save("lung_model")
+    """
+
+    def __init__(
+        self,
+        *,
+        library_key: str | Sequence[str] | None = None,
+        spatial_key: str = "spatial",
+        connectivity_key: str | None = None,
+        layer: str | None = None,
+        missing: str | None = None,
+        preset: str = "default",
+        quality: str = "default",
+        positional: str | Sequence[str] | None = "auto",
+        encoder: str = "auto",
+        decoder: str = "auto",
+        variational: bool = False,
+        masking: str | Sequence[str] | None = "auto",
+        n_latent: int | None = None,
+        max_epochs: int | None = None,
+        graph: str = "knn",
+        n_neighbors: int = 6,
+        radius: float | None = None,
+        tile_size: int = 4000,
+        device: str = "auto",
+        random_state: int = 0,
+        progress: bool = True,
+    ) -> None:
+        _checks.check_choice("graph", graph, GRAPHS)
+        if graph == "radius" and radius is None:
+            raise ValueError("`graph='radius'` needs `radius=`, in the unit of the coordinates.")
+        self.graph = graph
+        self.radius = None if radius is None else _checks.check_positive("radius", radius)
+        self.n_neighbors = _checks.check_integer("n_neighbors", n_neighbors)
+        self.tile_size = _checks.check_integer("tile_size", tile_size, minimum=50)
+        self.random_state = _checks.check_integer("random_state", random_state, minimum=0)
+        self.progress = _checks.check_flag("progress", progress)
+        self.device = device
+        self.settings: Settings = resolve(
+            preset=preset,
+            quality=quality,
+            positional=positional,
+            encoder=encoder,
+            decoder=decoder,
+            variational=_checks.check_flag("variational", variational),
+            masking=masking,
+            n_latent=None if n_latent is None else _checks.check_integer("n_latent", n_latent),
+            max_epochs=None if max_epochs is None else _checks.check_integer("max_epochs", max_epochs),
+        )
+        self.keys = DataKeys(_as_key(library_key), spatial_key, connectivity_key, layer, missing)
+        self.var_names: pd.Index | None = None
+        self.scores: dict[str, float] = {}
+        self.gene_scores = pd.DataFrame()
+        self.history: dict[str, list[float]] = {}
+        self.graph_summary: dict[str, Any] = {}
+        self.target_sum: float = float("nan")
+        self._model_sum: float = float("nan")
+        self._gene_share: NDArray[np.float32] | None = None
+        self._networks: list[Network] = []
+
+    def __repr__(self) -> str:
+        s = self.settings
+        state = "not fitted" if self.var_names is None else f"fitted on {len(self.var_names)} genes"
+        space = ", ".join(s.positional) or "none"
+        return (
+            f"SpaFormer({state}; encoder={s.encoder}, {s.n_layers} layers of {s.dim}; decoder={s.decoder}; "
+            f"positional: {space}; masking: {', '.join(s.masking)}; n_latent={s.n_latent})"
+        )
+
+    # --- fitting ------------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        adata: AnnData,
+        *,
+        library_key: str | Sequence[str] | None = AS_FITTED,
+        spatial_key: str = AS_FITTED,
+        connectivity_key: str | None = AS_FITTED,
+        layer: str | None = AS_FITTED,
+        missing: str | None = AS_FITTED,
+    ) -> SpaFormer:
+        """Fit the model to raw counts.
+
+        A twentieth of all transcripts is held out to decide when to stop, and another twentieth to score the result.
+
+        Parameters
+        ----------
+        adata
+            Counts (cells × genes) and coordinates; not changed.
+        library_key, spatial_key, connectivity_key, layer, missing
+            Where the data are; by default as given to the constructor.
+
+        Returns
+        -------
+        The model itself.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            If the data cannot be used, before any training; the message says what to do.
+        """
+        self._fit_loaded(adata, self._keys_for(library_key, spatial_key, connectivity_key, layer, missing))
+        return self
+
+    def fit_predict(
+        self, adata: AnnData, *, output: str, target_sum: float | None, columns: NDArray[np.int64] | None
+    ) -> Prediction:
+        """Fit, then impute and embed the same cells; data are read and graphs built once.
+
+        Parameters
+        ----------
+        adata
+            Counts (cells × genes) and coordinates; not changed.
+        output, target_sum
+            Scale, as in :func:`spaformer_sc.tl.impute`.
+        columns
+            Genes to impute, as columns of ``adata``; None for all.
+        """
+        _checks.check_choice("output", output, OUTPUTS)
+        loaded = self._fit_loaded(adata, self.keys)
+        return self._predict_loaded(
+            loaded, output=output, target_sum=target_sum or self.target_sum, genes=columns, embed=True
+        )
+
+    def _fit_loaded(self, adata: AnnData, keys: DataKeys) -> Loaded:
+        device = resolve_device(self.device)
+        _checks.check_adata(adata)
+        counts = self._integer_counts(_checks.read_counts(adata, keys.layer))
+        _checks.describe_empty(counts)
+        loaded = self._load(adata, counts, keys)
+        self.keys = keys
+        self._fit(loaded, device)
+        self.var_names = pd.Index(adata.var_names.astype(str))
+        self.gene_scores.index = self.var_names
+        return loaded
+
+    def _fit(self, loaded: Loaded, device: torch.device) -> None:
+        from .data._split import gene_shares, hold_out
+        from .training.sequences import sequences
+        from .training.trainer import History, train
+
+        counts = loaded.counts
+        split = hold_out(
+            counts,
+            validation=VALIDATION_SHARE,
+            test=TEST_SHARE,
+            rng=np.random.default_rng(derived_seed(self.random_state, "held out")),
+        )
+        library = np.asarray(counts.sum(axis=1)).ravel()
+        self.target_sum = float(np.median(library[library > 0]))
+        kept = 1 - VALIDATION_SHARE - TEST_SHARE
+        self._model_sum = self.settings.model_sum or max(1.0, kept * self.target_sum)
+        self._gene_share = gene_shares(split.train, loaded.missing)
+        self.graph_summary = loaded.graph_summary
+        data = sequences(loaded.fields, split.train, loaded.missing)
+        sampler = self._sampler(device)
+        config = self._training_config()
+        n_networks = self.settings.n_networks
+        histories: list[History] = []
+        self._networks = []
+        for number in range(n_networks):
+            network = self._new_network(number).to(device)
+            label = "training" if n_networks == 1 else f"training {number + 1}/{n_networks}"
+            with _Progress(label, self.progress) as bar:
+                trained, history = train(
+                    network,
+                    data,
+                    sampler,
+                    config,
+                    validate=lambda net: self._validation_score(net, data, sampler, split.validation),
+                    seed=derived_seed(self.random_state, f"training {number}"),
+                    progress=bar.update,
+                )
+            self._networks.append(trained)
+            histories.append(history)
+        self.history = {
+            "network": [float(i) for i, h in enumerate(histories) for _ in h.step],
+            **{
+                name: [float(value) for h in histories for value in getattr(h, name)]
+                for name in ("step", "epoch", "loss", "validation")
+            },
+        }
+        self._score(data, sampler, split.train, split.test, loaded)
+
+    def _score(
+        self,
+        data: list[FieldCounts],
+        sampler: Sampler,
+        train: sp.csr_matrix,
+        test: sp.csr_matrix,
+        loaded: Loaded,
+    ) -> None:
+        """Score the rates predicted from the training part on the test part, overall and per gene."""
+        from .training.scoring import held_out_scores
+
+        rates = self._predict(data, sampler, train.shape[0], output="rate", target_sum=1.0, genes=None, embed=False)
+        if rates.expression is None:
+            raise RuntimeError("no expression was predicted")
+        self.scores, self.gene_scores = held_out_scores(test, rates.expression, train, loaded.missing)
+        self.scores["validation"] = max(self.history["validation"], default=float("nan"))
+
+    # --- prediction ---------------------------------------------------------------------------------------------------
+
+    def impute(
+        self,
+        adata: AnnData,
+        *,
+        output: str = "lognorm",
+        target_sum: float | None = None,
+        genes: Any = None,
+        library_key: str | Sequence[str] | None = AS_FITTED,
+        spatial_key: str = AS_FITTED,
+        connectivity_key: str | None = AS_FITTED,
+        layer: str | None = AS_FITTED,
+        missing: str | None = AS_FITTED,
+    ) -> NDArray[np.float32]:
+        """Impute the expression of cells with the fitted model; they need not be those of the fit.
+
+        Parameters
+        ----------
+        adata
+            Counts and coordinates, with the genes of the fit in any order; not changed.
+        output, target_sum, genes
+            Scale and genes of the result, as in :func:`spaformer_sc.tl.impute`.
+        library_key, spatial_key, connectivity_key, layer, missing
+            Where the data are; by default as in the fit.
+
+        Returns
+        -------
+        Imputed expression, float32 (cells × genes asked for), genes in the order of ``genes`` or of ``adata``; genes
+        of ``adata`` that the model does not know are NaN.
+
+        Raises
+        ------
+        ValueError
+            If the model is not fitted, or genes of the fit are missing from ``adata``; the message names them.
+        """
+        keys = self._keys_for(library_key, spatial_key, connectivity_key, layer, missing)
+        prediction = self.predict(adata, keys, output=output, target_sum=target_sum, genes=genes, embed=False)
+        if prediction.expression is None:
+            raise RuntimeError("no expression was predicted")
+        return prediction.expression
+
+    def embed(
+        self,
+        adata: AnnData,
+        *,
+        library_key: str | Sequence[str] | None = AS_FITTED,
+        spatial_key: str = AS_FITTED,
+        connectivity_key: str | None = AS_FITTED,
+        layer: str | None = AS_FITTED,
+        missing: str | None = AS_FITTED,
+    ) -> NDArray[np.float32]:
+        """Return the latent of cells, float32 (cells × n_latent); arguments and errors as in :meth:`impute`."""
+        keys = self._keys_for(library_key, spatial_key, connectivity_key, layer, missing)
+        prediction = self.predict(adata, keys, output=None, target_sum=None, genes=None, embed=True)
+        if prediction.embedding is None:
+            raise RuntimeError("no embedding was predicted")
+        return prediction.embedding
+
+    def predict(
+        self,
+        adata: AnnData,
+        keys: DataKeys | None = None,
+        *,
+        output: str | None,
+        target_sum: float | None,
+        genes: Any,
+        embed: bool,
+    ) -> Prediction:
+        """Impute and embed in one pass; what :meth:`impute` and :meth:`embed` are made of."""
+        keys = keys or self.keys
+        if self.var_names is None:
+            raise ValueError("this SpaFormer is not fitted; call `.fit(adata)` first, or `SpaFormer.load(path)`.")
+        if output is not None:
+            _checks.check_choice("output", output, OUTPUTS)
+        if target_sum is not None:
+            target_sum = _checks.check_positive("target_sum", target_sum)
+        _checks.check_adata(adata)
+        asked = np.arange(adata.n_vars) if genes is None else _checks.check_genes(adata, genes)
+        columns = self._columns(adata)
+        counts = self._integer_counts(_checks.read_counts(adata, keys.layer))[:, columns].tocsr()
+        loaded = self._load(adata, counts, keys, columns)
+        position = {int(column): i for i, column in enumerate(columns)}
+        known = np.array([position.get(int(column), -1) for column in asked], dtype=np.int64)
+        prediction = self._predict_loaded(
+            loaded,
+            output=output,
+            target_sum=self.target_sum if target_sum is None else target_sum,
+            genes=known[known >= 0],
+            embed=embed,
+        )
+        if prediction.expression is None or (known >= 0).all():
+            return prediction
+        expression = np.full((adata.n_obs, len(asked)), np.nan, dtype=np.float32)
+        expression[:, known >= 0] = prediction.expression
+        return Prediction(expression, prediction.embedding)
+
+    def _predict_loaded(
+        self,
+        loaded: Loaded,
+        *,
+        output: str | None,
+        target_sum: float,
+        genes: NDArray[np.int64] | None,
+        embed: bool,
+    ) -> Prediction:
+        from .training.sequences import sequences
+
+        data = sequences(loaded.fields, loaded.counts, loaded.missing)
+        sampler = self._sampler(resolve_device(self.device))
+        return self._predict(
+            data, sampler, loaded.counts.shape[0], output=output, target_sum=target_sum, genes=genes, embed=embed
+        )
+
+    def _predict(
+        self,
+        data: list[FieldCounts],
+        sampler: Sampler,
+        n_cells: int,
+        *,
+        output: str | None,
+        target_sum: float,
+        genes: NDArray[np.int64] | None,
+        embed: bool,
+    ) -> Prediction:
+        """Predict FOV by FOV and blend tiles; networks are averaged in the scale asked for."""
+        import torch
+
+        expression: NDArray[np.float32] | None = None
+        embedding = np.zeros((n_cells, self.settings.n_latent), dtype=np.float32) if embed else None
+        if output is not None:
+            n_genes = len(self._shares) if genes is None else len(genes)
+            expression = np.zeros((n_cells, n_genes), dtype=np.float32)
+        for sequence in data:
+            batch = sampler.whole(sequence)
+            cells, weight = sequence.fov.cells, sequence.fov.weight[:, None]
+            inside = np.flatnonzero(weight.ravel() > 0)
+            with torch.inference_mode():
+                for number, network in enumerate(self._networks):
+                    result = network(batch.tokens)
+                    if expression is not None and output is not None:
+                        block = self._scaled(network, result, batch.tokens.depth, output, target_sum).cpu().numpy()
+                        block = block if genes is None else block[:, genes]
+                        expression[cells[inside]] += block[inside] * (weight[inside] / len(self._networks))
+                    if embedding is not None and number == 0:
+                        embedding[cells[inside]] += result.latent.cpu().numpy()[inside] * weight[inside]
+        return Prediction(expression, embedding)
+
+    @staticmethod
+    def _scaled(
+        network: Network, result: Output, depth: torch.Tensor, output: str, target_sum: float
+    ) -> torch.Tensor:
+        decoder = network.decoder
+        if output == "rate":
+            return decoder.share(result.decoded) * target_sum
+        if output == "counts":
+            return decoder.counts(result.decoded, depth)
+        return decoder.lognorm(result.decoded, depth, target_sum)
+
+    def _validation_score(
+        self, network: Network, data: list[FieldCounts], sampler: Sampler, held: sp.csr_matrix
+    ) -> float:
+        """Poisson gain over gene means, in nats per held-out transcript, of one network."""
+        import torch
+
+        from .training.scoring import GainSum
+
+        total = GainSum(self._shares)
+        with torch.inference_mode():
+            for sequence in data:
+                result = network(sampler.whole(sequence).tokens)
+                share = network.decoder.share(result.decoded).cpu().numpy()
+                total.add(share, held[sequence.fov.cells], sequence.fov.own, sequence.measured)
+        return total.value
+
+    # --- loading data -------------------------------------------------------------------------------------------------
+
+    def _keys_for(
+        self,
+        library_key: str | Sequence[str] | None,
+        spatial_key: str,
+        connectivity_key: str | None,
+        layer: str | None,
+        missing: str | None,
+    ) -> DataKeys:
+        given = {
+            "library_key": library_key if library_key == AS_FITTED else _as_key(library_key),
+            "spatial_key": spatial_key,
+            "connectivity_key": connectivity_key,
+            "layer": layer,
+            "missing": missing,
+        }
+        return DataKeys(**{k: getattr(self.keys, k) if v == AS_FITTED else v for k, v in given.items()})  # type: ignore[arg-type]
+
+    def _integer_counts(self, counts: sp.csr_matrix) -> sp.csr_matrix:
+        if _checks.is_whole(counts):
+            return counts
+        rng = np.random.default_rng(derived_seed(self.random_state, "rounding"))
+        return _checks.integerize(counts, rng)
+
+    def _columns(self, adata: AnnData) -> NDArray[np.int64]:
+        """Columns of ``adata`` that hold the model's genes, in the model's order."""
+        if self.var_names is None:
+            raise ValueError("this SpaFormer is not fitted; call `.fit(adata)` first.")
+        columns = adata.var_names.get_indexer(self.var_names)
+        absent = self.var_names[columns < 0]
+        if len(absent):
+            raise ValueError(
+                f"`adata` lacks {len(absent)} of the {len(self.var_names)} genes that the model was fitted on: "
+                f"{', '.join(absent[:10])}{', …' if len(absent) > 10 else ''}. Pass data with these genes, or fit a "
+                "model on the genes that both have."
+            )
+        unknown = adata.n_vars - len(columns)
+        if unknown:
+            logger.warning("%d genes of `adata` are not in the model; they are left out.", unknown)
+        return np.asarray(columns, dtype=np.int64)
+
+    def _load(
+        self, adata: AnnData, counts: sp.csr_matrix, keys: DataKeys, columns: NDArray[np.int64] | None = None
+    ) -> Loaded:
+        """Check everything that the fit reads besides counts, and cut it into FOVs."""
+        from .data._fields import GraphConfig, fields_of_view
+        from .data._graph import given_graph
+        from .data._labels import field_codes
+
+        library = _checks.check_library_key(adata, keys.library_key)
+        codes, names = field_codes(adata.obs, library)
+        coordinates = _checks.check_coordinates(adata, keys.spatial_key, codes)
+        missing = _checks.check_layer_of_missing(adata, keys.missing)
+        if missing is not None:
+            missing = missing if columns is None else missing[:, columns]
+            counts = counts.multiply(~missing).tocsr().astype(np.float32)
+            counts.eliminate_zeros()
+        given = None
+        if keys.connectivity_key is not None:
+            given = given_graph(_checks.check_connectivities(adata, keys.connectivity_key), codes)
+        fields, summary = fields_of_view(
+            coordinates,
+            codes,
+            names,
+            graph=GraphConfig(self.graph, self.n_neighbors, self.radius),
+            given=given,
+            n_rings=self.settings.hops,
+            tile_size=self.tile_size,
+            encode=self._encode(),
+        )
+        return Loaded(counts, fields, missing, summary)
+
+    # --- networks -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _shares(self) -> NDArray[np.float32]:
+        if self._gene_share is None:
+            raise ValueError("this SpaFormer is not fitted; call `.fit(adata)` first.")
+        return self._gene_share
+
+    def _positional(self) -> Any:
+        if not self.settings.positional:
+            return None
+        from .positional import build_positional
+
+        return build_positional(list(self.settings.positional), self.settings.dim, k=self.settings.n_eigenvectors)
+
+    def _encode(self) -> Any:
+        module = self._positional()
+        return None if module is None else module.features
+
+    def _network_config(self) -> NetworkConfig:
+        from .nn.network import NetworkConfig
+
+        s = self.settings
+        return NetworkConfig(
+            n_genes=len(self._shares),
+            dim=s.dim,
+            n_layers=s.n_layers,
+            n_heads=s.n_heads,
+            feedforward=s.feedforward,
+            n_latent=s.n_latent,
+            encoder=s.encoder,
+            decoder=s.decoder,
+            variational=s.variational,
+            hops=s.hops,
+            posterior=s.posterior,
+            dropout=s.dropout,
+            target_sum=self._model_sum,
+        )
+
+    def _new_network(self, number: int) -> Network:
+        import torch
+
+        from .nn.network import Network
+
+        def seed(part: str) -> int:
+            return derived_seed(self.random_state, f"weights {part} {number}")
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed("positional"))
+            positional = self._positional()
+        parts = ("embedding", "neighbours", "encoder", "decoder", "variational")
+        return Network(
+            self._network_config(),
+            gene_share=torch.from_numpy(self._shares),
+            positional=positional,
+            seeds={part: seed(part) for part in parts},
+        )
+
+    def _sampler(self, device: torch.device) -> Sampler:
+        import torch
+
+        from .nn.masking import MaskingRates
+        from .training.sequences import Sampler
+
+        s = self.settings
+        return Sampler(
+            tokens_per_step=s.training.tokens_per_step,
+            corruptions=s.masking,
+            rates=MaskingRates(tokens=s.training.masked_tokens, features=s.training.masked_features),
+            gene_share=torch.from_numpy(self._shares),
+            target_sum=self._model_sum,
+            positional=bool(s.positional),
+            device=device,
+        )
+
+    def _training_config(self) -> Any:
+        from .training.trainer import TrainingConfig
+
+        t = self.settings.training
+        return TrainingConfig(
+            max_epochs=t.max_epochs,
+            n_steps=t.n_steps,
+            learning_rate=t.learning_rate,
+            weight_decay=t.weight_decay,
+            schedule=t.schedule,
+            averaging=t.averaging,
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        """Every parameter and decided choice as numbers, strings, booleans, lists and None, for ``uns``."""
+        s = self.settings.to_dict()
+        return {
+            **{key: "none" if value is None else value for key, value in vars(self.keys).items()},
+            "graph": self.graph,
+            "n_neighbors": self.n_neighbors,
+            "radius": float("nan") if self.radius is None else self.radius,
+            "tile_size": self.tile_size,
+            "random_state": self.random_state,
+            "model": {key: value for key, value in s.items() if value is not None and key != "training"},
+            "training": {key: value for key, value in s["training"].items() if value is not None},
+            "graph_summary": self.graph_summary,
+        }
+
+    # --- saving -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Save the fitted model as a folder with ``model.json`` and ``weights.safetensors``.
+
+        The folder appears whole or not at all.
+
+        Parameters
+        ----------
+        path
+            Folder to write.
+        overwrite
+            Replace a saved model that is there already.
+
+        Raises
+        ------
+        ValueError
+            If the model is not fitted.
+        FileExistsError
+            If ``path`` exists and ``overwrite`` is False, or is not a saved model.
+        """
+        from safetensors.torch import save_file
+
+        if self.var_names is None:
+            raise ValueError("this SpaFormer is not fitted; there is nothing to save.")
+        target = Path(path)
+        if target.exists() and not overwrite:
+            raise FileExistsError(f"{target} exists; pass overwrite=True to replace it.")
+        if target.exists() and not (target / "model.json").is_file():
+            raise FileExistsError(f"{target} is not a saved model, so it is not replaced; choose another path.")
+        description = {
+            "format": "spaformer_sc",
+            "schema": SCHEMA,
+            "version": __version__,
+            "settings": self.settings.to_dict(),
+            "keys": vars(self.keys),
+            "graph": {"method": self.graph, "n_neighbors": self.n_neighbors, "radius": self.radius},
+            "tile_size": self.tile_size,
+            "random_state": self.random_state,
+            "var_names": list(self.var_names),
+            "target_sum": self.target_sum,
+            "model_sum": self._model_sum,
+            "scores": self.scores,
+            "gene_scores": {c: [float(v) for v in self.gene_scores[c]] for c in self.gene_scores},
+            "history": self.history,
+            "graph_summary": self.graph_summary,
+        }
+        weights = {"gene_share": _tensor(self._shares)}
+        for number, network in enumerate(self._networks):
+            for name, tensor in network.state_dict().items():
+                weights[f"networks.{number}.{name}"] = tensor.detach().cpu().contiguous()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            (staging / "model.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+            save_file(weights, staging / "weights.safetensors")
+            staging.chmod(0o755)
+            if target.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+                os.replace(target, old / "model")
+                os.replace(staging, target)
+                shutil.rmtree(old)
+            else:
+                os.replace(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: str = "auto", progress: bool = True) -> SpaFormer:
+        """Load a model saved with :meth:`save`. Nothing in the file is executed.
+
+        Parameters
+        ----------
+        path
+            The folder.
+        device, progress
+            As in the constructor.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no saved model at ``path``.
+        ValueError
+            If it is not a saved model, is damaged, or was written by a newer version.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(path)
+        if not (folder / "model.json").is_file() or not (folder / "weights.safetensors").is_file():
+            raise FileNotFoundError(f"{folder} holds no saved model (model.json and weights.safetensors).")
+        try:
+            description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+            if not isinstance(description, dict) or description.get("format") != "spaformer_sc":
+                raise ValueError(f"{folder / 'model.json'} does not describe a spaformer_sc model.")
+            if description["schema"] > SCHEMA:
+                raise ValueError(
+                    f"{folder} was written by spaformer_sc {description['version']} in a newer format; update the package."
+                )
+            weights = load_file(folder / "weights.safetensors")
+            graph = description["graph"]
+            model = cls(
+                graph=graph["method"],
+                n_neighbors=graph["n_neighbors"],
+                radius=graph["radius"],
+                tile_size=description["tile_size"],
+                random_state=description["random_state"],
+                device=device,
+                progress=progress,
+            )
+            model.settings = Settings.from_dict(description["settings"])
+            model.keys = DataKeys(**description["keys"])
+            model.target_sum = float(description["target_sum"])
+            model._model_sum = float(description["model_sum"])
+            model.scores, model.history = description["scores"], description["history"]
+            model.graph_summary = description["graph_summary"]
+            model._gene_share = weights.pop("gene_share").numpy()
+            names = pd.Index([str(name) for name in description["var_names"]])
+            model.gene_scores = pd.DataFrame(description["gene_scores"], index=names)
+            target = resolve_device(device)
+            for number in range(model.settings.n_networks):
+                network = model._new_network(number)
+                prefix = f"networks.{number}."
+                network.load_state_dict(
+                    {k.removeprefix(prefix): weights.pop(k) for k in list(weights) if k.startswith(prefix)}
+                )
+                model._networks.append(network.to(target).eval())
+            if weights or len(names) != len(model._gene_share):
+                raise ValueError(f"{folder} holds weights that its description does not account for.")
+            model.var_names = names
+        except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, UnicodeDecodeError) as error:
+            raise ValueError(f"{folder} is damaged or not a saved model: {error}") from error
+        return model
+
+
+def resolve_device(device: str) -> torch.device:
+    """Device by name; "auto" is the first GPU if there is one.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown or the device is not there.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"`device={device!r}` cannot be used here ({error}); 'auto' and 'cpu' always can.") from error
+    return found
+
+
+class _Progress:
+    """Progress bar over training steps, with the validation score; silent if not enabled."""
+
+    def __init__(self, label: str, enabled: bool) -> None:
+        self._label, self._enabled = label, enabled
+        self._bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def update(self, step: int, n_steps: int, score: float) -> None:
+        """Move to ``step`` of ``n_steps``."""
+        if self._bar is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # tqdm's advice on ipywidgets
+                from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=n_steps, desc=self._label, unit="step", disable=not self._enabled, leave=True)
+        self._bar.update(step - self._bar.n)
+        if not np.isnan(score):
+            self._bar.set_postfix_str(f"held-out gain {score:.3f}", refresh=False)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _as_key(library_key: str | Sequence[str] | None) -> str | list[str] | None:
+    return library_key if library_key is None or isinstance(library_key, str) else list(library_key)
+
+
+def _tensor(array: NDArray[np.float32]) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array))

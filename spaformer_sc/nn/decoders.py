@@ -1,0 +1,218 @@
+"""Decoders: from the latent of a cell to the distribution of its expression.
+
+Two families. The count decoders (``poisson``, ``nb``, ``zinb``) give the share of every gene in the cell's transcripts,
+with the depth as a known offset; ``gaussian`` (the paper's vanilla decoder) gives log-normalised values directly.
+Every decoder answers the same questions through the same methods; what differs is the likelihood.
+A new decoder is a class here and one line in :data:`DECODERS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .likelihoods import expected_log1p, gaussian_log_prob, nb_log_prob, poisson_log_prob, zinb_log_prob
+
+_TINY = 1e-12
+
+
+@dataclass
+class Decoded:
+    """What a decoder says of a block of cells.
+
+    Attributes
+    ----------
+    expression
+        Count decoders: share of each gene in the cell's transcripts (cells, genes), rows sum to 1; for ``zinb`` before
+        zero inflation. Gaussian: log1p of counts per ``target_sum`` (cells, genes).
+    zero_logits
+        Logit of the probability of an extra zero (cells, genes); ``zinb`` only.
+    """
+
+    expression: Tensor
+    zero_logits: Tensor | None = None
+
+
+class CountDecoder(nn.Module):
+    """Latent to gene shares: a two-layer network, a softmax over genes, and the library size as offset.
+
+    Parameters
+    ----------
+    n_latent, dim, n_genes
+        Sizes of the latent, of the hidden layer and of the output.
+    gene_share
+        Mean share of each gene (genes,); the start of the output bias.
+    posterior
+        Combine the network's share with the cell's own visible counts in a Gamma-Poisson posterior whose
+        concentration is learned per gene (see :meth:`forward`).
+    target_sum
+        Not used by count decoders; part of the common signature.
+    """
+
+    is_count = True
+
+    def __init__(
+        self, n_latent: int, dim: int, n_genes: int, *, gene_share: Tensor, posterior: bool, target_sum: float
+    ) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Linear(n_latent, dim), nn.GELU())
+        self.logits = nn.Linear(dim, n_genes)
+        with torch.no_grad():
+            self.logits.weight.mul_(0.3)
+            self.logits.bias.copy_(gene_share.clamp(min=_TINY).log())
+        # A large start lets the likelihood decide how much of the cell's own count to trust; from a small start a gene
+        # cannot switch the posterior off again.
+        self.log_concentration = nn.Parameter(torch.full((n_genes,), 50.0).log()) if posterior else None
+
+    def forward(self, latent: Tensor, counts: Tensor, depth: Tensor, visible: Tensor | None) -> Decoded:
+        """Decode, and update with the cell's own counts.
+
+        With prior rate ``r`` (the network's share), concentration ``k`` and ``x`` transcripts of the gene seen at depth
+        ``D``, the posterior mean of the rate under ``rate ~ Gamma(k, k / r)``, ``x ~ Poisson(D * rate)`` is
+        ``(k + x) / (k / r + D)`` (SAVER: Huang et al. 2018, eq. 2). Hidden entries keep the prior. Rows are normalised.
+        """
+        hidden = self.hidden(latent)
+        share = torch.softmax(self.logits(hidden), dim=-1)
+        if self.log_concentration is not None:
+            concentration = self.log_concentration.exp()
+            updated = (concentration + counts) / (concentration / share.clamp(min=_TINY) + depth[:, None])
+            share = updated if visible is None else torch.where(visible, updated, share)
+            share = share / share.sum(-1, keepdim=True)
+        return Decoded(share, self._zero_logits(hidden))
+
+    def _zero_logits(self, hidden: Tensor) -> Tensor | None:
+        return None
+
+    def log_prob(self, target: Tensor, mean: Tensor, zero_logits: Tensor | None) -> Tensor:
+        """Log-probability of every target count (cells, genes) under its mean."""
+        raise NotImplementedError
+
+    def log_likelihood(self, decoded: Decoded, target: Tensor, target_depth: Tensor) -> Tensor:
+        """Log-likelihood (cells, genes) of ``target`` counts drawn at ``target_depth`` (cells,)."""
+        mean = decoded.expression * target_depth[:, None]
+        return self.log_prob(target, mean.clamp(min=_TINY), decoded.zero_logits)
+
+    def share(self, decoded: Decoded) -> Tensor:
+        """Expected share of each gene in the cell's transcripts (cells, genes), rows sum to 1."""
+        if decoded.zero_logits is None:
+            return decoded.expression
+        present = decoded.expression * torch.sigmoid(-decoded.zero_logits)
+        return present / present.sum(-1, keepdim=True).clamp(min=_TINY)
+
+    def counts(self, decoded: Decoded, depth: Tensor) -> Tensor:
+        """Expected counts (cells, genes) at the given depth (cells,)."""
+        mean = decoded.expression * depth[:, None]
+        return mean if decoded.zero_logits is None else mean * torch.sigmoid(-decoded.zero_logits)
+
+    def lognorm(self, decoded: Decoded, depth: Tensor, target_sum: float) -> Tensor:
+        """Return E[log1p(count * target_sum / depth)] (cells, genes); 0 for a cell of depth 0, which is the limit."""
+        scale = target_sum / depth.clamp(min=_TINY)[:, None]
+        zero = None if decoded.zero_logits is None else torch.sigmoid(decoded.zero_logits)
+        value = expected_log1p(
+            decoded.expression * depth[:, None], scale, dispersion=self._dispersion(), zero_probability=zero
+        )
+        return value.masked_fill((depth <= 0)[:, None], 0.0)
+
+    def _dispersion(self) -> Tensor | None:
+        return None
+
+
+class PoissonDecoder(CountDecoder):
+    """Poisson counts. With shares that sum to 1 this is the multinomial likelihood of the cell's transcripts."""
+
+    def log_prob(self, target: Tensor, mean: Tensor, zero_logits: Tensor | None) -> Tensor:
+        return poisson_log_prob(target, mean)
+
+
+class NegativeBinomialDecoder(CountDecoder):
+    """Negative binomial counts with one inverse dispersion per gene: variance ``mean + mean² / dispersion``."""
+
+    def __init__(
+        self, n_latent: int, dim: int, n_genes: int, *, gene_share: Tensor, posterior: bool, target_sum: float
+    ) -> None:
+        super().__init__(
+            n_latent, dim, n_genes, gene_share=gene_share, posterior=posterior, target_sum=target_sum
+        )
+        self.log_dispersion = nn.Parameter(torch.full((n_genes,), 10.0).log())
+
+    def _dispersion(self) -> Tensor:
+        return self.log_dispersion.exp()
+
+    def log_prob(self, target: Tensor, mean: Tensor, zero_logits: Tensor | None) -> Tensor:
+        return nb_log_prob(target, mean, self._dispersion())
+
+
+class ZeroInflatedDecoder(NegativeBinomialDecoder):
+    """Zero-inflated negative binomial counts: an extra zero with a probability decoded per entry."""
+
+    def __init__(
+        self, n_latent: int, dim: int, n_genes: int, *, gene_share: Tensor, posterior: bool, target_sum: float
+    ) -> None:
+        super().__init__(
+            n_latent, dim, n_genes, gene_share=gene_share, posterior=posterior, target_sum=target_sum
+        )
+        self.zeros = nn.Linear(dim, n_genes)
+        nn.init.constant_(self.zeros.bias, -3.0)
+
+    def _zero_logits(self, hidden: Tensor) -> Tensor:
+        return self.zeros(hidden)
+
+    def log_prob(self, target: Tensor, mean: Tensor, zero_logits: Tensor | None) -> Tensor:
+        if zero_logits is None:
+            raise ValueError("the zero-inflated likelihood needs `zero_logits`")
+        return zinb_log_prob(target, mean, self._dispersion(), zero_logits)
+
+
+class GaussianDecoder(nn.Module):
+    """Latent to log-normalised values under a Gaussian of unit variance: the paper's vanilla decoder.
+
+    Predicts ``log1p(count / depth * target_sum)``; means below 0 are cut at 0 when values are read out, not in the loss.
+    """
+
+    is_count = False
+    log_concentration = None
+
+    def __init__(
+        self, n_latent: int, dim: int, n_genes: int, *, gene_share: Tensor, posterior: bool, target_sum: float
+    ) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Linear(n_latent, dim), nn.GELU())
+        self.output = nn.Linear(dim, n_genes)
+        self.target_sum = target_sum
+
+    def forward(self, latent: Tensor, counts: Tensor, depth: Tensor, visible: Tensor | None) -> Decoded:
+        """Decode log-normalised values (cells, genes); the cell's counts are not used again."""
+        return Decoded(self.output(self.hidden(latent)))
+
+    def log_likelihood(self, decoded: Decoded, target: Tensor, target_depth: Tensor) -> Tensor:
+        """Gaussian log-likelihood (cells, genes) of ``log1p(target / target_depth * target_sum)``."""
+        value = torch.log1p(target / target_depth.clamp(min=1e-6)[:, None] * self.target_sum)
+        return gaussian_log_prob(value, decoded.expression)
+
+    def share(self, decoded: Decoded) -> Tensor:
+        """Share of each gene (cells, genes): expm1 of the values, rows normalised to 1."""
+        linear = torch.expm1(decoded.expression.clamp(min=0.0))
+        return linear / linear.sum(-1, keepdim=True).clamp(min=_TINY)
+
+    def counts(self, decoded: Decoded, depth: Tensor) -> Tensor:
+        """Counts (cells, genes) at the given depth: expm1 of the values times ``depth / target_sum``."""
+        return torch.expm1(decoded.expression.clamp(min=0.0)) * (depth / self.target_sum)[:, None]
+
+    def lognorm(self, decoded: Decoded, depth: Tensor, target_sum: float) -> Tensor:
+        """Log-normalised values (cells, genes), moved to another ``target_sum`` through expm1 when it differs."""
+        value = decoded.expression.clamp(min=0.0)
+        if target_sum != self.target_sum:
+            value = torch.log1p(torch.expm1(value) * (target_sum / self.target_sum))
+        return value.masked_fill((depth <= 0)[:, None], 0.0)
+
+
+Decoder = CountDecoder | GaussianDecoder
+
+DECODERS: dict[str, type[CountDecoder] | type[GaussianDecoder]] = {
+    "gaussian": GaussianDecoder,
+    "poisson": PoissonDecoder,
+    "nb": NegativeBinomialDecoder,
+    "zinb": ZeroInflatedDecoder,
+}

@@ -1,0 +1,177 @@
+"""Corruptions: what the network is shown of a field of view, and what it is asked for.
+
+A corruption takes the counts of a whole FOV and returns a :class:`Corrupted` view of it. It acts on the FOV, not on
+single cells, because a cell's expression also reaches other tokens through neighbours and attention: what is hidden
+has to be hidden everywhere. Nothing is rescaled; depth is always estimated from what is visible.
+
+A new corruption is a function with the signature of :func:`thinning` and one line in :data:`CORRUPTIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseCounts:
+    """Non-zero counts of ``shape`` (cells, genes): ``values[i]`` transcripts of gene ``cols[i]`` in cell ``rows[i]``."""
+
+    rows: Tensor
+    cols: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+
+    def dense(self, values: Tensor | None = None) -> Tensor:
+        """Return a dense float32 matrix (cells, genes) of these counts, or of other ``values`` at the same places."""
+        out = torch.zeros(self.shape, dtype=torch.float32)
+        out[self.rows, self.cols] = self.values if values is None else values
+        return out
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """One corrupted view of a FOV.
+
+    Attributes
+    ----------
+    counts
+        Visible counts (cells, genes); 0 where hidden.
+    visible
+        Which entries are shown (cells, genes), or None when all are. An entry that was never measured is not visible.
+    target
+        Counts asked for (cells, genes).
+    asked
+        Which entries enter the loss (cells, genes), or None when all do.
+    target_depth
+        Depth at which ``target`` was drawn (cells,): the expected total of a cell over all genes.
+    """
+
+    counts: Tensor
+    visible: Tensor | None
+    target: Tensor
+    asked: Tensor | None
+    target_depth: Tensor
+
+
+def depth(counts: Tensor, visible: Tensor | None, gene_share: Tensor) -> Tensor:
+    """Estimate every cell's depth over all genes from the visible ones.
+
+    The visible total divided by the share of all transcripts that the visible genes hold on average.
+
+    Parameters
+    ----------
+    counts
+        Visible counts (cells, genes), 0 where hidden.
+    visible
+        Boolean (cells, genes) or None when everything is visible.
+    gene_share
+        Mean share of each gene (genes,), sums to 1.
+
+    Returns
+    -------
+    Depth (cells,), 0 for a cell of which nothing is visible.
+    """
+    total = counts.sum(1)
+    if visible is None:
+        return total
+    return total / (visible.to(gene_share.dtype) @ gene_share).clamp(min=1e-6)
+
+
+def thin(values: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Draw ``Binomial(values, probability)`` elementwise for integer-valued float counts."""
+    kept = torch.rand(values.shape, generator=generator).lt_(probability).to(values.dtype)
+    many = values > 1
+    kept[many] = torch.binomial(values[many], torch.full_like(values[many], probability), generator=generator)
+    return kept
+
+
+@dataclass(frozen=True)
+class MaskingRates:
+    """Rates of the corruptions.
+
+    Attributes
+    ----------
+    tokens
+        Share of the cells that are touched by ``bilevel`` and ``tokens``.
+    features
+        Share of the genes hidden, on the touched cells (``bilevel``) or on all (``features``).
+    thinning
+        Range of the probability that a transcript stays visible; drawn uniformly for each FOV and epoch.
+    """
+
+    tokens: float = 0.5
+    features: float = 0.5
+    thinning: tuple[float, float] = (0.3, 0.7)
+
+
+Corruption = Callable[[SparseCounts, "Tensor | None", Tensor, MaskingRates, torch.Generator], Corrupted]
+
+
+def thinning(
+    counts: SparseCounts, measured: Tensor | None, gene_share: Tensor, rates: MaskingRates, generator: torch.Generator
+) -> Corrupted:
+    """Binomial thinning: show a random part of every cell's transcripts and ask for the others.
+
+    The two parts are independent given the true rate when counts are Poisson (Neufeld et al. 2023, eq. 2), so the
+    target tells about the rate and nothing about the noise of the input; Batson et al. 2019 (molecular
+    cross-validation).
+    """
+    low, high = rates.thinning
+    probability = low + (high - low) * float(torch.rand((), generator=generator))
+    kept = thin(counts.values, probability, generator)
+    target = counts.dense(counts.values - kept)
+    return Corrupted(counts.dense(kept), measured, target, measured, depth(target, measured, gene_share))
+
+
+def _hide(counts: SparseCounts, measured: Tensor | None, gene_share: Tensor, hidden: Tensor) -> Corrupted:
+    """Hide the entries (cells, genes) of ``hidden`` and ask for them."""
+    full = counts.dense()
+    asked = hidden if measured is None else hidden & measured
+    visible = ~hidden if measured is None else measured & ~hidden
+    return Corrupted(full * visible, visible, full, asked, depth(full, measured, gene_share))
+
+
+def bilevel(
+    counts: SparseCounts, measured: Tensor | None, gene_share: Tensor, rates: MaskingRates, generator: torch.Generator
+) -> Corrupted:
+    """Bi-level masking: choose a share of the cells, hide a share of the genes on each (Wen et al. 2023, sec. 3.3)."""
+    touched = torch.rand((counts.shape[0], 1), generator=generator) < rates.tokens
+    return _hide(
+        counts, measured, gene_share, touched & (torch.rand(counts.shape, generator=generator) < rates.features)
+    )
+
+
+def tokens(
+    counts: SparseCounts, measured: Tensor | None, gene_share: Tensor, rates: MaskingRates, generator: torch.Generator
+) -> Corrupted:
+    """Hide a share of the cells whole; what is left of them is where they lie."""
+    touched = torch.rand((counts.shape[0], 1), generator=generator) < rates.tokens
+    return _hide(counts, measured, gene_share, touched.expand(counts.shape).contiguous())
+
+
+def features(
+    counts: SparseCounts, measured: Tensor | None, gene_share: Tensor, rates: MaskingRates, generator: torch.Generator
+) -> Corrupted:
+    """Hide a share of the genes, drawn anew for every cell."""
+    return _hide(counts, measured, gene_share, torch.rand(counts.shape, generator=generator) < rates.features)
+
+
+def nothing(
+    counts: SparseCounts, measured: Tensor | None, gene_share: Tensor, rates: MaskingRates, generator: torch.Generator
+) -> Corrupted:
+    """Hide nothing and ask for everything: a plain autoencoder."""
+    full = counts.dense()
+    return Corrupted(full, measured, full, measured, depth(full, measured, gene_share))
+
+
+CORRUPTIONS: dict[str, Corruption] = {
+    "bilevel": bilevel,
+    "tokens": tokens,
+    "features": features,
+    "thinning": thinning,
+    "none": nothing,
+}

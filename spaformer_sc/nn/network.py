@@ -1,0 +1,198 @@
+"""The network: cells of a field of view in, distribution of their expression out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .decoders import DECODERS, Decoded, Decoder
+from .encoder import Encoder
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes and choices of a :class:`Network`.
+
+    Attributes
+    ----------
+    n_genes
+        Number of genes.
+    dim, n_layers, n_heads, feedforward
+        Width of a token, number of encoder layers, attention heads, and width of the feed-forward block in ``dim``.
+    n_latent
+        Size of the latent.
+    encoder, decoder
+        Names in :data:`~spaformer_sc.nn.encoder.ENCODERS` and :data:`~spaformer_sc.nn.decoders.DECODERS`.
+    variational
+        Sample the latent from a Gaussian in training and penalise its divergence from the standard normal.
+    hops
+        Number of rings of spatial neighbours (0, 1 or 2) whose mean expression is a further input of a token.
+    posterior
+        Gamma-Poisson update with the cell's own counts (count decoders).
+    dropout
+        Dropout in the encoder.
+    target_sum
+        Depth to which expression is normalised at the input, and at the output of the Gaussian decoder.
+    """
+
+    n_genes: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    feedforward: int
+    n_latent: int
+    encoder: str
+    decoder: str
+    variational: bool
+    hops: int
+    posterior: bool
+    dropout: float
+    target_sum: float
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What the positional encodings of one FOV need, and which of its cells are tokens.
+
+    Attributes
+    ----------
+    features
+        Features per cell of the whole FOV, by name; computed once.
+    edge_index
+        Symmetric spatial graph (2, edges) of the whole FOV.
+    rows
+        Cells that are tokens (tokens,).
+    """
+
+    features: dict[str, Tensor]
+    edge_index: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A ragged batch: tokens of one or more FOVs, one FOV after the other.
+
+    Attributes
+    ----------
+    values
+        Input expression, log1p of visible counts normalised to the target sum (tokens, genes); one matrix for the cells
+        themselves, then one for each ring of neighbours.
+    counts
+        Visible counts (tokens, genes).
+    depth
+        Depth estimated from the visible counts (tokens,).
+    visible
+        Which entries are shown (tokens, genes), or None when all are.
+    lengths
+        Number of tokens of each FOV.
+    positions
+        One per FOV, or None when the network has no positional encoding.
+    """
+
+    values: tuple[Tensor, ...]
+    counts: Tensor
+    depth: Tensor
+    visible: Tensor | None
+    lengths: Sequence[int]
+    positions: Sequence[Positions] | None = None
+
+
+@dataclass
+class Output:
+    """What the network says of a batch: decoder output, latent (tokens, n_latent), and KL divergence (tokens,) or None."""
+
+    decoded: Decoded
+    latent: Tensor
+    divergence: Tensor | None
+
+
+def normalise(counts: Tensor, depth: Tensor, target_sum: float) -> Tensor:
+    """Return ``log1p(counts / depth * target_sum)`` (cells, genes), 0 for cells of depth 0."""
+    return torch.log1p(counts * (target_sum / depth.clamp(min=1e-6))[:, None])
+
+
+class Network(nn.Module):
+    """Masked autoencoder over the cells of a FOV (SpaFormer: Wen et al. 2023, sec. 3).
+
+    A token is a linear embedding of the cell's expression (a sum of gene embeddings weighted by expression), plus
+    embeddings of its neighbours' mean expression and of its depth, plus a positional encoding. The encoder lets tokens
+    exchange information; a linear map gives the latent; the decoder gives the distribution of expression.
+
+    Parameters
+    ----------
+    config
+        Sizes and choices.
+    gene_share
+        Mean share of each gene (genes,), the start of the decoder's bias.
+    positional
+        Module ``(features, edge_index, generator=...) -> (cells, dim)`` or None.
+    seeds
+        Seed of the initial weights of each part, by name, so that switching one part on or off leaves the others'
+        weights as they were.
+    """
+
+    def __init__(
+        self, config: NetworkConfig, *, gene_share: Tensor, positional: nn.Module | None, seeds: dict[str, int]
+    ) -> None:
+        super().__init__()
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds["embedding"])
+            self.embedding = nn.Linear(config.n_genes, config.dim)
+            self.depth = nn.Linear(1, config.dim)
+            self.hidden_token = nn.Parameter(torch.zeros(config.dim))
+            torch.manual_seed(seeds["neighbours"])
+            self.neighbours = nn.ModuleList(
+                nn.Linear(config.n_genes, config.dim, bias=False) for _ in range(config.hops)
+            )
+            torch.manual_seed(seeds["encoder"])
+            self.encoder = Encoder(
+                config.dim,
+                config.n_layers,
+                config.n_heads,
+                kind=config.encoder,
+                feedforward=config.feedforward,
+                dropout=config.dropout,
+            )
+            torch.manual_seed(seeds["decoder"])
+            self.latent = nn.Linear(config.dim, config.n_latent)
+            self.decoder: Decoder = DECODERS[config.decoder](
+                config.n_latent,
+                config.dim,
+                config.n_genes,
+                gene_share=gene_share,
+                posterior=config.posterior,
+                target_sum=config.target_sum,
+            )
+            torch.manual_seed(seeds["variational"])
+            self.latent_log_variance = nn.Linear(config.dim, config.n_latent) if config.variational else None
+        self.positional = positional
+
+    def forward(self, tokens: Tokens, generator: torch.Generator | None = None) -> Output:
+        """Run the network on a batch of FOVs; ``generator`` drives what is random in training."""
+        x = self.embedding(tokens.values[0])
+        for embed, values in zip(self.neighbours, tokens.values[1:], strict=True):
+            x = x + embed(values)
+        x = x + self.depth(torch.log((tokens.depth + 1) / (self.config.target_sum + 1))[:, None])
+        if tokens.visible is not None:
+            x = torch.where(tokens.visible.any(1, keepdim=True), x, x + self.hidden_token)
+        if self.positional is not None:
+            if tokens.positions is None:
+                raise ValueError("this network has a positional encoding; `tokens.positions` is needed")
+            encodings = [self.positional(p.features, p.edge_index, generator)[p.rows] for p in tokens.positions]
+            x = x + torch.cat(encodings)
+        x = self.encoder(x, tokens.lengths)
+        latent, divergence = self.latent(x), None
+        decode_from = latent
+        if self.latent_log_variance is not None:
+            log_variance = self.latent_log_variance(x).clamp(-10.0, 10.0)
+            divergence = 0.5 * (latent.square() + log_variance.exp() - 1.0 - log_variance).sum(-1)
+            if self.training:
+                noise = torch.randn(latent.shape, generator=generator, dtype=latent.dtype).to(latent.device)
+                decode_from = latent + noise * (0.5 * log_variance).exp()
+        decoded = self.decoder(decode_from, tokens.counts, tokens.depth, tokens.visible)
+        return Output(decoded, latent, divergence)

@@ -1,0 +1,236 @@
+"""``sf.tl.impute``: graphs, encodings, training and write-back in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import __version__, _checks
+from .._config import OUTPUTS
+from .._keys import Keys
+from .._logging import logger
+from .._write import check_path, write_atomically, write_result
+from ..model import SpaFormer
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+SCORES = ("pearson", "deviance_explained", "gain")
+
+
+def impute(
+    adata: AnnData,
+    *,
+    library_key: str | Sequence[str] | None = None,
+    spatial_key: str = "spatial",
+    connectivity_key: str | None = None,
+    layer: str | None = None,
+    genes: Any = None,
+    preset: str = "default",
+    quality: str = "default",
+    positional: str | Sequence[str] | None = "auto",
+    encoder: str = "auto",
+    decoder: str = "auto",
+    variational: bool = False,
+    masking: str | Sequence[str] | None = "auto",
+    n_latent: int | None = None,
+    max_epochs: int | None = None,
+    graph: str = "knn",
+    n_neighbors: int = 6,
+    radius: float | None = None,
+    tile_size: int = 4000,
+    output: str = "lognorm",
+    target_sum: float | None = None,
+    missing: str | None = None,
+    zeros: str = "impute",
+    key_added: str = "spaformer",
+    output_path: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    devices: int = 1,
+    random_state: int = 0,
+    progress: bool = True,
+    copy: bool = False,
+) -> AnnData | None:
+    """Fill in missing expression from each cell's own counts, its neighbours and its field of view.
+
+    Builds a spatial graph for every field of view (FOV), trains a masked autoencoder in which the cells of a FOV are
+    tokens (SpaFormer: Wen et al., arXiv 2302.03038), and writes imputed expression, a latent space and scores on
+    held-out counts. ``X``, ``raw`` and existing graphs are not changed.
+
+    Parameters
+    ----------
+    adata
+        Raw counts (cells × genes) and the cells' coordinates.
+    library_key
+        Column of ``adata.obs`` that names the FOV of each cell, or a list of columns, such as ``["slide", "fov"]``,
+        whose combination does. None takes the slide as one image, cut into overlapping tiles where it is large.
+    spatial_key
+        Coordinates in ``adata.obsm`` (cells × 2 or 3), any unit.
+    connectivity_key
+        A graph of your own in ``adata.obsp`` to use in place of ``graph``; edges between FOVs are left out.
+    layer
+        Layer that holds the raw counts; None for ``adata.X``.
+    genes
+        Names of the genes to write; all by default. The layer is NaN for the others. All genes are used for the fit.
+    preset
+        ``"default"``, or ``"paper"`` for the configuration of the paper.
+    quality
+        ``"fast"`` trains a third as long; ``"best"`` averages four networks.
+    positional
+        How a cell's place is told to the network: ``"laplacian"``, ``"signnet"``, a list of them, or None.
+    encoder
+        ``"performer"`` (linear attention), ``"exact"`` (softmax attention) or ``"mlp"`` (no exchange between cells
+        beyond their neighbours' mean expression).
+    decoder
+        Likelihood: ``"poisson"``, ``"nb"``, ``"zinb"`` (counts) or ``"gaussian"`` (log-normalised values).
+    variational
+        Train as a variational autoencoder.
+    masking
+        What is hidden in training: ``"thinning"``, ``"bilevel"``, ``"tokens"``, ``"features"``, a list of which each
+        FOV draws one in each epoch, or None.
+    n_latent
+        Dimensions of the latent space.
+    max_epochs
+        Passes over all cells; by default as many as the number of training steps of ``quality`` takes. Training stops
+        earlier when the score on held-out counts no longer improves.
+    graph, n_neighbors, radius
+        Spatial graph: ``"knn"`` with ``n_neighbors``, ``"delaunay"``, or ``"radius"`` (in the unit of the coordinates).
+    tile_size
+        Largest number of cells of a tile; a FOV of more than 1.5 times as many is cut into overlapping tiles.
+    output
+        Scale of what is written. ``"lognorm"``: the expectation of ``log1p(count * target_sum / library size)``;
+        ``"counts"``: the expected count at the cell's own depth; ``"rate"``: the expected share of the gene in the cell
+        times ``target_sum``, which does not depend on depth.
+    target_sum
+        Library size that ``"lognorm"`` and ``"rate"`` refer to; the median over cells by default.
+    missing
+        Layer that is True where a gene was not measured in a cell (as when panels differ between FOVs); what it marks
+        is not taken for zero.
+    zeros
+        ``"impute"``: every entry is imputed, zeros included. The only choice so far.
+    key_added
+        Name of all that is written.
+    output_path
+        Also write the result to this ``.h5ad`` or ``.zarr``, whole or not at all.
+    resume, devices
+        Reserved: resuming a killed run and training on several devices are not available yet.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"``, …
+    random_state
+        Seed of everything random; the same seed on the same machine gives the same result.
+    progress
+        Show a progress bar with the score on held-out counts.
+    copy
+        Return a changed copy and leave ``adata`` as it is.
+
+    Returns
+    -------
+    None, or an AnnData if ``copy``. These fields are set:
+
+    ``adata.layers[key_added]`` : float32 (cells × genes)
+        Imputed expression in the scale of ``output``. Cells without counts are 0 (``"rate"`` excepted).
+    ``adata.obsm["X_" + key_added]`` : float32 (cells × n_latent)
+        Latent space, for ``sc.pp.neighbors(adata, use_rep="X_spaformer")``.
+    ``adata.var[key_added + "_pearson"]`` : float64 (genes)
+        Pearson correlation over cells of held-out counts with their prediction; NaN where nothing was held out.
+    ``adata.var[key_added + "_deviance_explained"]``, ``adata.var[key_added + "_gain"]`` : float64 (genes)
+        Share of the Poisson deviance explained, and log-likelihood gained per held-out transcript (nats), both over
+        "library size times gene mean". Below 0 the gene mean is the better guess.
+    ``adata.uns[key_added]`` : dict
+        ``params``; ``history`` of the training; ``scores`` over all genes.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        If the input cannot be used; before any work, with nothing changed.
+
+    References
+    ----------
+    Wen et al. (2023), Single Cells Are Spatial Tokens: Transformers for Spatial Transcriptomic Data Imputation,
+    arXiv 2302.03038.
+
+    Examples
+    --------
+    >>> import spaformer_sc as sf
+    >>> adata = sf.datasets.simulated_tissue()
+    >>> sf.tl.impute(adata, library_key="fov")
+    """
+    _checks.check_adata(adata)
+    _checks.check_choice("output", output, OUTPUTS)
+    _checks.check_choice("zeros", zeros, ("impute",))
+    _checks.check_choice("resume", resume, (False,))
+    _checks.check_choice("devices", devices, (1,))
+    _checks.check_flag("copy", copy)
+    keys = Keys(key_added)
+    slots = [("layers", keys.layer), ("obsm", keys.embedding), *(("var", keys.var(score)) for score in SCORES)]
+    _checks.check_key_added(adata, key_added, slots=slots, mark="spaformer_sc")
+    if target_sum is not None:
+        target_sum = _checks.check_positive("target_sum", target_sum)
+    columns = None if genes is None else _checks.check_genes(adata, genes)
+    if output_path is not None:
+        check_path("output_path", output_path)
+    model = SpaFormer(
+        library_key=library_key,
+        spatial_key=spatial_key,
+        connectivity_key=connectivity_key,
+        layer=layer,
+        missing=missing,
+        preset=preset,
+        quality=quality,
+        positional=positional,
+        encoder=encoder,
+        decoder=decoder,
+        variational=variational,
+        masking=masking,
+        n_latent=n_latent,
+        max_epochs=max_epochs,
+        graph=graph,
+        n_neighbors=n_neighbors,
+        radius=radius,
+        tile_size=tile_size,
+        device=device,
+        random_state=random_state,
+        progress=progress,
+    )
+    prediction = model.fit_predict(adata, output=output, target_sum=target_sum, columns=columns)
+    expression = prediction.expression
+    if columns is not None:
+        expression = np.full(adata.shape, np.nan, dtype=np.float32)
+        expression[:, columns] = prediction.expression
+    if copy:
+        adata = adata.to_memory() if adata.isbacked else adata.copy()
+    write_result(
+        adata,
+        keys,
+        expression=expression,
+        embedding=prediction.embedding,
+        gene_scores=model.gene_scores[list(SCORES)],
+        record={
+            "params": {
+                "spaformer_sc": __version__,
+                "output": output,
+                "target_sum": float(target_sum or model.target_sum),
+                "genes": "all" if columns is None else [str(name) for name in adata.var_names[columns]],
+                "key_added": key_added,
+                "preset": preset,
+                "quality": quality,
+                **model.parameters(),
+            },
+            "history": model.history,
+            "scores": model.scores,
+        },
+    )
+    scores = model.scores
+    logger.info(
+        "held-out counts: %.3f nats gained per transcript over gene means, median per-gene Pearson %.3f",
+        scores["gain"],
+        scores["median_pearson"],
+    )
+    if output_path is not None:
+        write_atomically(adata, output_path)
+        logger.info("wrote %s", os.fspath(output_path))
+    return adata if copy else None

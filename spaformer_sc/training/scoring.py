@@ -1,0 +1,115 @@
+"""Scores of a fit on counts that it has not seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from ..metrics import (
+    deviance_explained,
+    deviance_explained_per_gene,
+    gene_pearson,
+    poisson_gain,
+    poisson_gain_per_gene,
+)
+
+FLOOR = 0.01
+"""Smallest predicted share of a gene in the stopping score, relative to the gene's mean share."""
+
+
+class GainSum:
+    """Poisson gain over gene means, summed FOV by FOV: the score that training stops on.
+
+    With shares that sum to 1 in every cell, the log-likelihood ratio of a cell's held-out counts ``x`` against "depth
+    times gene mean" is ``sum(x * log(share / gene_share))``; both are taken over measured genes only. The gain is that,
+    per held-out transcript. Shares are kept above ``FLOOR * gene_share``, so that a decoder that says exactly zero
+    (Gaussian) can be compared at all.
+
+    Parameters
+    ----------
+    gene_share
+        Mean share of each gene (genes,).
+    """
+
+    def __init__(self, gene_share: NDArray[np.float32]) -> None:
+        self._null = gene_share.astype(np.float64)
+        self._gain = 0.0
+        self._total = 0.0
+
+    def add(
+        self,
+        share: NDArray[np.float32],
+        held: sp.csr_matrix,
+        cells: NDArray[np.bool_],
+        measured: NDArray[np.bool_] | None,
+    ) -> None:
+        """Add the cells of one FOV.
+
+        Parameters
+        ----------
+        share
+            Predicted shares (cells, genes), rows sum to 1.
+        held
+            Held-out counts (cells, genes).
+        cells
+            Which cells to score (cells,).
+        measured
+            Which entries were measured (cells, genes), or None when all were.
+        """
+        share = np.maximum(share, FLOOR * self._null)
+        within = share.sum(axis=1) if measured is None else np.where(measured, share, 0.0).sum(axis=1)
+        null_within = np.ones(len(share)) if measured is None else measured @ self._null
+        entries = held.tocoo()
+        scored = cells[entries.row]
+        row, col, count = entries.row[scored], entries.col[scored], entries.data[scored].astype(np.float64)
+        ratio = (share[row, col] / within[row]) / (self._null[col] / null_within[row])
+        self._gain += float(count @ np.log(ratio))
+        self._total += float(count.sum())
+
+    @property
+    def value(self) -> float:
+        """Nats per held-out transcript; 0 when there is none."""
+        return self._gain / self._total if self._total else 0.0
+
+
+def held_out_scores(
+    held: sp.csr_matrix, rates: NDArray[np.float32], train: sp.csr_matrix, missing: NDArray[np.bool_] | None
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """Score predicted rates on held-out counts, over all genes and per gene.
+
+    Parameters
+    ----------
+    held
+        Held-out counts (cells, genes).
+    rates
+        Predicted shares (cells, genes), from ``train`` alone.
+    train
+        Counts that the prediction was made from (cells, genes).
+    missing
+        Which entries were not measured (cells, genes), or None; they are not scored.
+
+    Returns
+    -------
+    Overall scores ``gain`` (nats per held-out transcript over gene means), ``deviance_explained`` and
+    ``median_pearson`` (over genes); and a data frame with ``pearson``, ``deviance_explained`` and ``gain`` per gene.
+    """
+    measured = None if missing is None else ~missing
+    restricted = {} if measured is None else {"measured": measured}
+    library = np.asarray(train.sum(axis=1)).ravel().astype(np.float32)
+    expected = rates * (library * (held.sum() / max(train.sum(), 1.0)))[:, None]
+    per_gene = pd.DataFrame(
+        {
+            "pearson": gene_pearson(held, expected, mask=measured),
+            "deviance_explained": deviance_explained_per_gene(held, rates, train, **restricted),
+            "gain": poisson_gain_per_gene(held, rates, train, **restricted),
+        }
+    )
+    pearson = per_gene["pearson"].to_numpy()
+    overall = {
+        "gain": poisson_gain(held, rates, train, **restricted),
+        "deviance_explained": deviance_explained(held, rates, train, **restricted),
+        "median_pearson": float(np.median(pearson[np.isfinite(pearson)])) if np.isfinite(pearson).any() else float("nan"),
+    }
+    return overall, per_gene

@@ -1,0 +1,252 @@
+"""From fields of view and counts to the ragged batches that the network takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..data._fields import FieldOfView
+from ..nn.masking import CORRUPTIONS, Corrupted, MaskingRates, SparseCounts, depth
+from ..nn.network import Positions, Tokens, normalise
+
+BUFFER_BYTES = 400 * 2**20
+"""Memory for the corrupted views of the FOVs that are shuffled together."""
+
+
+@dataclass(frozen=True)
+class FieldCounts:
+    """A FOV with its counts, ready for the network.
+
+    Attributes
+    ----------
+    fov
+        The field of view.
+    counts
+        Counts of its cells (cells, genes), CSR float32.
+    measured
+        Which entries were measured (cells, genes), or None when all were.
+    """
+
+    fov: FieldOfView
+    counts: sp.csr_matrix
+    measured: NDArray[np.bool_] | None = None
+
+    def sparse(self) -> SparseCounts:
+        """Counts as tensors."""
+        coo = self.counts.tocoo()
+        return SparseCounts(
+            torch.from_numpy(coo.row.astype(np.int64)),
+            torch.from_numpy(coo.col.astype(np.int64)),
+            torch.from_numpy(coo.data.astype(np.float32)),
+            self.counts.shape,
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens and what the loss asks of them."""
+
+    tokens: Tokens
+    target: Tensor
+    target_depth: Tensor
+    asked: Tensor | None
+
+
+def sequences(
+    fields: Sequence[FieldOfView], counts: sp.csr_matrix, missing: NDArray[np.bool_] | None
+) -> list[FieldCounts]:
+    """Give every FOV its rows of ``counts`` and of ``missing`` (cells, genes)."""
+    return [FieldCounts(f, counts[f.cells], None if missing is None else ~missing[f.cells]) for f in fields]
+
+
+def neighbour_values(
+    values: Tensor, visible: Tensor | None, rings: Sequence[sp.csr_matrix]
+) -> tuple[Tensor, ...]:
+    """Mean expression over each ring of neighbours (cells, genes); hidden entries do not count in the mean.
+
+    Parameters
+    ----------
+    values
+        Normalised expression (cells, genes), 0 where hidden.
+    visible
+        Boolean (cells, genes), or None when everything is visible.
+    rings
+        Row-normalised averaging matrices (cells, cells).
+    """
+    if not rings:
+        return ()
+    matrix = sp.csr_matrix(values.numpy())
+    means = []
+    for ring in rings:
+        mean = (ring @ matrix).toarray()
+        if visible is not None:
+            seen = ring @ visible.numpy().astype(np.float32)
+            np.divide(mean, seen, out=mean, where=seen > 1e-6)
+        means.append(torch.from_numpy(mean))
+    return tuple(means)
+
+
+@dataclass
+class View:
+    """A corrupted FOV with all inputs computed for the whole of it; batches take rows of it."""
+
+    fov: FieldOfView
+    corrupted: Corrupted
+    values: tuple[Tensor, ...]
+    depth: Tensor
+
+
+def view(sequence: FieldCounts, corrupted: Corrupted, gene_share: Tensor, target_sum: float) -> View:
+    """Compute depth, normalised expression and neighbour means of a corrupted FOV."""
+    seen = depth(corrupted.counts, corrupted.visible, gene_share)
+    values = normalise(corrupted.counts, seen, target_sum)
+    return View(
+        sequence.fov, corrupted, (values, *neighbour_values(values, corrupted.visible, sequence.fov.rings)), seen
+    )
+
+
+def collate(pieces: Sequence[tuple[View, Tensor]], *, positional: bool, device: torch.device) -> Batch:
+    """Join rows of several FOVs to one ragged batch on ``device``.
+
+    Parameters
+    ----------
+    pieces
+        Pairs of a view and the rows of it that become tokens.
+    positional
+        Whether the network needs positions.
+    device
+        Where the batch goes.
+    """
+    has_mask = [v.corrupted.visible is not None for v, _ in pieces]
+    visible, asked = [], []
+    for v, rows in pieces:
+        # One masked FOV in the batch means that every FOV needs its mask.
+        full = torch.ones((len(rows), v.corrupted.counts.shape[1]), dtype=torch.bool)
+        if any(has_mask):
+            visible.append(full if v.corrupted.visible is None else v.corrupted.visible[rows])
+            asked.append(full if v.corrupted.asked is None else v.corrupted.asked[rows])
+    n_inputs = len(pieces[0][0].values)
+    tokens = Tokens(
+        values=tuple(torch.cat([v.values[i][rows] for v, rows in pieces]).to(device) for i in range(n_inputs)),
+        counts=torch.cat([v.corrupted.counts[rows] for v, rows in pieces]).to(device),
+        depth=torch.cat([v.depth[rows] for v, rows in pieces]).to(device),
+        visible=torch.cat(visible).to(device) if visible else None,
+        lengths=[len(rows) for _, rows in pieces],
+        positions=[
+            Positions(
+                {name: feature.to(device) for name, feature in v.fov.features.items()},
+                v.fov.edge_index.to(device),
+                rows.to(device),
+            )
+            for v, rows in pieces
+        ]
+        if positional
+        else None,
+    )
+    return Batch(
+        tokens,
+        torch.cat([v.corrupted.target[rows] for v, rows in pieces]).to(device),
+        torch.cat([v.corrupted.target_depth[rows] for v, rows in pieces]).to(device),
+        torch.cat(asked).to(device) if asked else None,
+    )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws the batches of an epoch.
+
+    A large FOV is dealt at random into sequences of about ``tokens_per_step`` cells, small FOVs are put together, so
+    that the number of steps in an epoch depends on the number of cells and not on how the slide was imaged. Random
+    subsets, not windows: attention over a subset is an unbiased estimate of attention over the FOV, which is what
+    prediction uses. Neighbour means always come from the whole FOV.
+
+    Attributes
+    ----------
+    tokens_per_step
+        Cells in a step; None for whole FOVs, one FOV a step.
+    corruptions
+        Names in :data:`~spaformer_sc.nn.masking.CORRUPTIONS`; each FOV draws one of them in each epoch.
+    rates
+        Rates of the corruptions.
+    gene_share
+        Mean share of each gene (genes,).
+    target_sum
+        Depth that expression is normalised to.
+    positional
+        Whether the network needs positions.
+    device
+        Where the batches go.
+    """
+
+    tokens_per_step: int | None
+    corruptions: tuple[str, ...]
+    rates: MaskingRates
+    gene_share: Tensor
+    target_sum: float
+    positional: bool
+    device: torch.device
+    buffer_bytes: int = field(default=BUFFER_BYTES)
+
+    def steps_per_epoch(self, data: Sequence[FieldCounts]) -> int:
+        """Approximate number of batches of one epoch, at least 1."""
+        if self.tokens_per_step is None:
+            return len(data)
+        return max(1, round(sum(int(s.fov.own.sum()) for s in data) / self.tokens_per_step))
+
+    def epoch(self, data: Sequence[FieldCounts], generator: torch.Generator) -> Iterator[Batch]:
+        """Yield the batches of one epoch; every cell is a token once."""
+        order = torch.randperm(len(data), generator=generator).tolist()
+        for group in self._groups([data[i] for i in order]):
+            yield from self._group(group, generator)
+
+    def _groups(self, data: Sequence[FieldCounts]) -> Iterator[list[FieldCounts]]:
+        """Consecutive FOVs whose corrupted views fit into the buffer together; at least one."""
+        group: list[FieldCounts] = []
+        size = 0
+        for sequence in data:
+            cost = sequence.counts.shape[0] * sequence.counts.shape[1] * 4 * (3 + len(sequence.fov.rings))
+            if group and size + cost > self.buffer_bytes:
+                yield group
+                group, size = [], 0
+            group.append(sequence)
+            size += cost
+        if group:
+            yield group
+
+    def _group(self, group: Sequence[FieldCounts], generator: torch.Generator) -> Iterator[Batch]:
+        pieces: list[tuple[View, Tensor]] = []
+        for sequence in group:
+            choice = self.corruptions[int(torch.randint(len(self.corruptions), (), generator=generator))]
+            measured = None if sequence.measured is None else torch.from_numpy(sequence.measured)
+            corrupted = CORRUPTIONS[choice](sequence.sparse(), measured, self.gene_share, self.rates, generator)
+            whole = view(sequence, corrupted, self.gene_share, self.target_sum)
+            own = torch.from_numpy(np.flatnonzero(sequence.fov.own))
+            own = own[torch.randperm(len(own), generator=generator)]
+            n_parts = 1 if self.tokens_per_step is None else max(1, round(len(own) / self.tokens_per_step))
+            pieces += [(whole, rows.sort().values) for rows in torch.tensor_split(own, n_parts)]
+        batch: list[tuple[View, Tensor]] = []
+        size, remaining = 0, sum(len(rows) for _, rows in pieces)
+        for i in torch.randperm(len(pieces), generator=generator).tolist():
+            batch.append(pieces[i])
+            size += len(pieces[i][1])
+            remaining -= len(pieces[i][1])
+            # A rest too small for a step of its own joins the last batch.
+            if self.tokens_per_step is None or remaining == 0 or min(size, 2 * remaining) > 0.75 * self.tokens_per_step:
+                yield collate(batch, positional=self.positional, device=self.device)
+                batch, size = [], 0
+
+    def whole(self, sequence: FieldCounts) -> Batch:
+        """Return one FOV as a batch with nothing hidden, for prediction."""
+        measured = None if sequence.measured is None else torch.from_numpy(sequence.measured)
+        full = sequence.sparse().dense()
+        total = depth(full, measured, self.gene_share)
+        shown = view(
+            sequence, Corrupted(full, measured, full, measured, total), self.gene_share, self.target_sum
+        )
+        return collate([(shown, torch.arange(len(full)))], positional=self.positional, device=self.device)

@@ -1,0 +1,252 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .._logging import logger
+from ..nn.decoders import CountDecoder
+from ..nn.masking import MaskingRates
+from ..nn.network import Network
+from .sequences import Batch, FieldCounts, Sampler
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a network is trained.
+
+    Attributes
+    ----------
+    max_epochs
+        Passes over all cells; None for as many as make ``n_steps``.
+    n_steps
+        Optimiser steps when ``max_epochs`` is None; does not depend on how the tissue was cut into FOVs.
+    tokens_per_step
+        Cells in a step; None for one whole FOV a step.
+    learning_rate, weight_decay
+        Of AdamW (Loshchilov and Hutter 2019); no decay on biases, norms and per-gene parameters.
+    schedule
+        ``"cosine"`` (down to 0 at the last step) or ``"constant"``, both after a linear warm-up.
+    warmup_steps
+        Steps over which the learning rate and the weight of the KL term grow; at most a tenth of all steps.
+    clip_norm
+        Largest norm of the gradient.
+    averaging
+        Decay of the exponential moving average of the weights; 0 for none. The average is what is validated and kept.
+    patience
+        Validations without improvement after which training stops.
+    n_validations
+        Validations over a full training.
+    redraw_every
+        Steps between draws of new random features.
+    corruptions
+        Names in :data:`~spaformer_sc.nn.masking.CORRUPTIONS`.
+    rates
+        Rates of the corruptions.
+    """
+
+    max_epochs: int | None = None
+    n_steps: int = 1500
+    tokens_per_step: int | None = 512
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    clip_norm: float = 1.0
+    averaging: float = 0.99
+    patience: int = 6
+    n_validations: int = 25
+    redraw_every: int = 100
+    corruptions: tuple[str, ...] = ("thinning",)
+    rates: MaskingRates = field(default_factory=MaskingRates)
+
+
+@dataclass
+class History:
+    """Course of a training: one entry for each validation.
+
+    Attributes
+    ----------
+    step, epoch
+        Where the validation took place.
+    loss
+        Mean training loss since the validation before.
+    validation
+        Score on held-out counts; larger is better.
+    """
+
+    step: list[int] = field(default_factory=list)
+    epoch: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+
+
+def batch_loss(network: Network, batch: Batch, kl_weight: float, generator: torch.Generator) -> Tensor:
+    """Negative evidence lower bound of what was hidden, per transcript asked for (Gaussian: per entry asked for).
+
+    With a variational latent the bound of Kingma and Welling 2014, eq. 3, summed over cells; else the log-likelihood.
+    """
+    output = network(batch.tokens, generator)
+    likelihood = network.decoder.log_likelihood(output.decoded, batch.target, batch.target_depth)
+    # A cell without transcripts in the target says nothing about shares.
+    informative = (batch.target_depth > 0)[:, None]
+    asked = informative if batch.asked is None else informative & batch.asked
+    likelihood = likelihood.masked_fill(~asked, 0.0)
+    if isinstance(network.decoder, CountDecoder):
+        size = batch.target.sum() if batch.asked is None else (batch.target * batch.asked).sum()
+    else:
+        size = asked.expand(likelihood.shape).sum()
+    loss = -likelihood.sum()
+    if output.divergence is not None:
+        loss = loss + kl_weight * output.divergence.sum()
+    return loss / size.clamp(min=1)
+
+
+class WeightAverage:
+    """Exponential moving average of a network's weights, with a decay that grows from 0 at the start."""
+
+    def __init__(self, network: Network, decay: float) -> None:
+        self.network = copy.deepcopy(network).eval()
+        self.decay = decay
+        self.n_updates = 0
+
+    @torch.no_grad()
+    def update(self, network: Network) -> None:
+        """Take one step towards the weights of ``network``; buffers are copied."""
+        self.n_updates += 1
+        decay = min(self.decay, self.n_updates / (self.n_updates + 10))
+        for average, value in zip(self.network.parameters(), network.parameters(), strict=True):
+            average.lerp_(value, 1 - decay)
+        for average, value in zip(self.network.buffers(), network.buffers(), strict=True):
+            average.copy_(value)
+
+
+def _optimizer(network: Network, config: TrainingConfig) -> torch.optim.AdamW:
+    decayed, plain, concentrations = [], [], []
+    for name, parameter in network.named_parameters():
+        if name.endswith(("log_concentration", "log_dispersion")):
+            concentrations.append(parameter)
+        elif parameter.ndim > 1:
+            decayed.append(parameter)
+        else:
+            plain.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay, "lr": config.learning_rate},
+        {"params": plain, "weight_decay": 0.0, "lr": config.learning_rate},
+        # Live on a logarithmic scale and have far to go.
+        {"params": concentrations, "weight_decay": 0.0, "lr": 5 * config.learning_rate},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98))
+
+
+def learning_rate_factor(step: int, n_steps: int, config: TrainingConfig) -> float:
+    """Factor on the learning rate at a step: linear warm-up, then cosine to 0 or constant."""
+    warmup = min(config.warmup_steps, max(1, n_steps // 10))
+    factor = min(1.0, (step + 1) / warmup)
+    if config.schedule == "cosine":
+        factor *= 0.5 * (1 + math.cos(math.pi * step / n_steps))
+    return factor
+
+
+def train(
+    network: Network,
+    data: Sequence[FieldCounts],
+    sampler: Sampler,
+    config: TrainingConfig,
+    *,
+    validate: Callable[[Network], float],
+    seed: int,
+    progress: Callable[[int, int, float], None],
+) -> tuple[Network, History]:
+    """Train a network and return the best weights seen on held-out counts.
+
+    Parameters
+    ----------
+    network
+        The network; trained in place.
+    data
+        FOVs with the counts to train on.
+    sampler
+        Makes the batches.
+    config
+        How to train.
+    validate
+        Scores a network on held-out counts; larger is better.
+    seed
+        Seed of corruption, sampling and dropout.
+    progress
+        Called after each step with the number of steps done, of all steps, and the last validation score.
+
+    Returns
+    -------
+    The network with the best (averaged) weights, and the history.
+    """
+    corruption = torch.Generator().manual_seed(seed)
+    noise = torch.Generator().manual_seed(seed + 1)
+    per_epoch = sampler.steps_per_epoch(data)
+    n_epochs = max(1, round(config.n_steps / per_epoch)) if config.max_epochs is None else config.max_epochs
+    n_steps = n_epochs * per_epoch
+    every = max(1, n_steps // config.n_validations)
+    optimizer = _optimizer(network, config)
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    average = WeightAverage(network, config.averaging) if config.averaging else None
+    kept = average.network if average else network
+    history, losses = History(), []
+    best, best_score, since_best = copy.deepcopy(kept.state_dict()), -math.inf, 0
+    step, score = 0, math.nan
+
+    def check() -> bool:
+        """Validate, remember the best weights, and tell whether to go on."""
+        nonlocal best, best_score, since_best, score, losses
+        kept.eval()
+        score = validate(kept)
+        network.train()
+        history.step.append(step)
+        history.epoch.append(step / per_epoch)
+        history.loss.append(float(torch.stack(losses).mean()) if losses else math.nan)
+        history.validation.append(score)
+        losses = []
+        if score > best_score:
+            best, best_score, since_best = copy.deepcopy(kept.state_dict()), score, 0
+        else:
+            since_best += 1
+        return since_best < config.patience
+
+    network.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 2)  # dropout draws from the global generator
+        going = True
+        while going and step < n_steps:
+            for batch in sampler.epoch(data, corruption):
+                factor = learning_rate_factor(step, n_steps, config)
+                for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                    group["lr"] = rate * factor
+                if step and step % config.redraw_every == 0:
+                    network.encoder.redraw(noise)
+                loss = batch_loss(network, batch, min(1.0, (step + 1) / max(1, n_steps // 4)), noise)
+                if not torch.isfinite(loss):
+                    logger.warning("training diverged at step %d; the last good weights are kept.", step)
+                    going = False
+                    break
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+                optimizer.step()
+                if average:
+                    average.update(network)
+                losses.append(loss.detach())
+                step += 1
+                if (step % every == 0 or step == n_steps) and not check():
+                    going = False
+                progress(step, n_steps, score)
+                if not going or step >= n_steps:
+                    break
+    kept.load_state_dict(best)
+    kept.eval()
+    return kept, history
