@@ -17,7 +17,7 @@ from ._tiling import tile
 if TYPE_CHECKING:
     from torch import Tensor
 
-MARGIN = 12.0
+MARGIN = 8.0
 """Width of the margin around a tile, in typical distances between neighbours."""
 
 

@@ -1,0 +1,809 @@
+"""Every check of what a user passes in, with its message.
+
+The functions here run before any work is done. None changes what it is given: arrays that are handed back are copies.
+"""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from spaformer_sc._logging import logger
+
+#: Share of fractional values from which a matrix counts as fractional throughout.
+_FRACTIONAL_THROUGHOUT = 0.99
+#: log1p of any count in use stays below this (log1p(1e6) is 13.8, log2(1e6 + 1) is 19.9).
+_LARGEST_LOG = 20.0
+#: Cells that the search for a transformation looks at.
+_CELLS_LOOKED_AT = 2000
+
+
+# --- small helpers ----------------------------------------------------------------------------------------------------
+
+
+def _listing(names: Iterable[Any], limit: int = 10) -> str:
+    """Names in one line, cut after `limit`, "(none)" if there are none."""
+    shown = [str(name) for name in names]
+    if not shown:
+        return "(none)"
+    more = f", … ({len(shown)} in all)" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more
+
+
+def _did_you_mean(name: str, options: Iterable[Any]) -> str:
+    """Return " Did you mean 'x'?" for the option nearest to `name`, or an empty string."""
+    options = [option for option in options if isinstance(option, str)]
+    same = [option for option in options if option.lower() == name.lower()]
+    near = same or difflib.get_close_matches(name, options, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _in_memory(array: Any) -> Any:
+    """A backed, lazy or array-like matrix as numpy array or scipy sparse matrix; those two as they are."""
+    if isinstance(array, np.ndarray) or sparse.issparse(array):
+        return array
+    for method in ("to_memory", "compute"):
+        if hasattr(array, method):
+            return _in_memory(getattr(array, method)())
+    return np.asarray(array)
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Check that an argument is one of the allowed values.
+
+    Raises
+    ------
+    ValueError
+        If `value` is none of `allowed`.
+    """
+    if not any(value is option or (type(value) is type(option) and value == option) for option in allowed):
+        hint = _did_you_mean(value, allowed) if isinstance(value, str) else ""
+        raise ValueError(f"`{name}={value!r}` is not allowed; choose one of {_listing(map(repr, allowed), 50)}.{hint}")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Check that an argument is True or False, and return it as `bool`.
+
+    Raises
+    ------
+    TypeError
+        If it is anything else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}={value!r}` must be True or False, not {type(value).__name__}.")
+    return bool(value)
+
+
+def check_integer(name: str, value: Any, *, minimum: int = 1) -> int:
+    """Check that an argument is a whole number of at least `minimum`, and return it as `int`.
+
+    Raises
+    ------
+    TypeError
+        If it is not a whole number (True and False are none).
+    ValueError
+        If it is below `minimum`.
+    """
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}={value!r}` must be a whole number, not {type(value).__name__}.")
+    if value < minimum:
+        raise ValueError(f"`{name}={value}` must be at least {minimum}.")
+    return int(value)
+
+
+def _check_real(name: str, value: Any) -> float:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}={value!r}` must be a number, not {type(value).__name__}.")
+    return float(value)
+
+
+def check_positive(name: str, value: Any, *, allow_zero: bool = False) -> float:
+    """Check that an argument is a finite number above zero (or zero, if allowed), and return it as `float`.
+
+    Raises
+    ------
+    TypeError
+        If it is not a number.
+    ValueError
+        If it is negative, NaN or infinite, or zero where zero is not allowed.
+    """
+    number = _check_real(name, value)
+    if not (np.isfinite(number) and (number > 0 or (allow_zero and number == 0))):
+        raise ValueError(f"`{name}={value!r}` must be a finite number {'of at least' if allow_zero else 'above'} 0.")
+    return number
+
+
+def check_fraction(name: str, value: Any, *, allow_zero: bool = False, allow_one: bool = False) -> float:
+    """Check that an argument is a share between 0 and 1, and return it as `float`.
+
+    Raises
+    ------
+    TypeError
+        If it is not a number.
+    ValueError
+        If it lies outside; 0 and 1 themselves only pass where they are allowed.
+    """
+    number = _check_real(name, value)
+    if not (0 < number < 1 or (allow_zero and number == 0) or (allow_one and number == 1)):
+        bounds = f"{'from 0' if allow_zero else 'above 0'} {'up to 1' if allow_one else 'and below 1'}"
+        raise ValueError(f"`{name}={value!r}` must be a share {bounds}.")
+    return number
+
+
+# --- the AnnData ------------------------------------------------------------------------------------------------------
+
+
+def check_adata(adata: Any) -> None:
+    """Check that `adata` is an AnnData with cells, genes and unique gene names.
+
+    Duplicated cell names do no harm to the computation and are only logged.
+
+    Raises
+    ------
+    TypeError
+        If it is not an AnnData; says where the AnnData of a SpatialData, a MuData or a file is found.
+    ValueError
+        If it has no cells or no genes, or if gene names occur more than once.
+    """
+    if not isinstance(adata, AnnData):
+        kind = type(adata).__name__
+        hints = {
+            "SpatialData": " Pass the table in it: sdata.tables['table'].",
+            "MuData": " Pass one modality of it: mdata.mod['rna'].",
+        }
+        hint = " Read the file first: anndata.read_h5ad(…)." if isinstance(adata, str | Path) else hints.get(kind, "")
+        raise TypeError(f"`adata` must be an AnnData, not {kind}.{hint}")
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        raise ValueError(f"`adata` has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed.")
+    if not adata.var_names.is_unique:
+        twice = adata.var_names[adata.var_names.duplicated()].unique()
+        raise ValueError(
+            f"`adata.var_names` holds {len(twice)} gene names more than once: {_listing(twice, 5)}. "
+            "Call adata.var_names_make_unique() first."
+        )
+    if not adata.obs_names.is_unique:
+        twice = adata.obs_names[adata.obs_names.duplicated()].unique()
+        logger.warning(
+            "`adata.obs_names` holds %d cell names more than once: %s. Cells are told apart by their place; "
+            "adata.obs_names_make_unique() avoids trouble elsewhere.",
+            len(twice),
+            _listing(twice, 5),
+        )
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+def read_counts(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
+    """Read the raw counts of all cells, checked.
+
+    Takes dense and sparse matrices of any numeric type, in memory, backed by a file or lazy. Counts with a fraction, as
+    they come out of ambient RNA removal, are passed on as they are, with a logged warning (see `is_whole` and
+    `integerize`). What looks normalised or log-transformed is refused.
+
+    Parameters
+    ----------
+    adata
+        The data, as accepted by `check_adata`.
+    layer
+        Name of the layer that holds the counts; None for `adata.X`.
+
+    Returns
+    -------
+    csr_matrix, cells × genes, float32
+        A copy of its own: sorted indices, no duplicates, no explicit zeros.
+
+    Raises
+    ------
+    KeyError
+        If there is no such layer.
+    TypeError
+        If the values are not numbers.
+    ValueError
+        If the matrix is missing, masked or empty, or holds NaN, infinite, negative, normalised or log-transformed
+        values.
+    """
+    if layer is None:
+        name, matrix = "adata.X", adata.X
+        if matrix is None:
+            raise ValueError(f"`adata.X` is None. Pass `layer=`; there are: {_listing(adata.layers)}.")
+    else:
+        if layer not in adata.layers:
+            raise KeyError(
+                f"`layer={layer!r}` is not in `adata.layers`; there are: {_listing(adata.layers)}. "
+                f"Pass layer=None to use `adata.X`.{_did_you_mean(str(layer), adata.layers)}"
+            )
+        name, matrix = f"adata.layers[{layer!r}]", adata.layers[layer]
+    counts = _as_csr(_in_memory(matrix), name)
+
+    infinite = ~np.isfinite(counts.data)
+    if infinite.any():
+        raise ValueError(
+            f"`{name}` holds {infinite.sum()} values that are NaN or infinite, the first "
+            f"{_place(adata, counts, infinite)}. Raw counts have none: write 0 for no transcripts, and name the "
+            "entries that were not measured in `missing=`."
+        )
+    negative = counts.data < 0
+    if negative.any():
+        raise ValueError(
+            f"`{name}` holds {negative.sum()} negative values (lowest {counts.data.min():.4g}, the first "
+            f"{_place(adata, counts, negative)}): it looks scaled or centred, and raw counts are needed. "
+            f"{_where_counts_are(adata, layer)}"
+        )
+    if counts.nnz == 0:
+        raise ValueError(f"`{name}` has no counts: every entry is zero. {_where_counts_are(adata, layer)}")
+    if not is_whole(counts):
+        transformed = _transformation(counts)
+        if transformed is not None:
+            raise ValueError(f"`{name}` {transformed}, and raw counts are needed. {_where_counts_are(adata, layer)}")
+        logger.warning(
+            "`%s` holds fractional values (%.1f %% of what is not zero). They are taken as counts, as corrected counts "
+            "(ambient RNA removed) are; pass `layer=` if raw counts are elsewhere.",
+            name,
+            100 * _fractional(counts.data).mean(),
+        )
+    return counts
+
+
+def _as_csr(matrix: Any, name: str) -> sparse.csr_matrix:
+    """A float32 CSR copy in canonical form without explicit zeros."""
+    if np.ma.isMaskedArray(matrix):
+        raise ValueError(
+            f"`{name}` is a masked array, and a mask is lost as soon as it is written to a file. Store "
+            "`.filled(0)` in its place and the mask as a layer that `missing=` names."
+        )
+    if matrix.dtype.kind not in "buif":
+        raise TypeError(f"`{name}` must hold numbers, but its dtype is {matrix.dtype}.")
+    with np.errstate(over="ignore"):
+        if not sparse.issparse(matrix):
+            matrix = np.asarray(matrix, dtype=np.float32)
+        counts = sparse.csr_matrix(matrix, dtype=np.float32, copy=True)
+    counts.sum_duplicates()
+    counts.eliminate_zeros()
+    return counts
+
+
+def _place(adata: AnnData, counts: sparse.csr_matrix, bad: npt.NDArray[np.bool_]) -> str:
+    """Say where the first entry marked in `bad` (over ``counts.data``) lies."""
+    first = int(np.argmax(bad))
+    cell = int(np.searchsorted(counts.indptr, first, side="right")) - 1
+    gene = int(counts.indices[first])
+    return f"in cell {adata.obs_names[cell]!r}, gene {adata.var_names[gene]!r}"
+
+
+def _fractional(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    return np.asarray(values != np.rint(values))
+
+
+def is_whole(counts: sparse.csr_matrix) -> bool:
+    """Say whether every count is a whole number."""
+    return not bool(_fractional(counts.data).any())
+
+
+def integerize(counts: sparse.csr_matrix, rng: np.random.Generator) -> sparse.csr_matrix:
+    """Round counts to whole numbers at random, without bias.
+
+    A value x becomes ⌊x⌋ + 1 with probability x − ⌊x⌋ and ⌊x⌋ otherwise, so that its expectation stays x. For what
+    needs whole counts, such as binomial thinning.
+
+    Parameters
+    ----------
+    counts
+        Counts, cells × genes, none negative.
+    rng
+        The generator that the rounding draws from.
+
+    Returns
+    -------
+    csr_matrix, cells × genes, of the dtype of `counts`
+        A new matrix without explicit zeros.
+    """
+    whole = counts.copy()
+    floor = np.floor(counts.data)
+    whole.data = floor + (rng.random(counts.nnz) < counts.data - floor).astype(counts.dtype)
+    whole.eliminate_zeros()
+    return whole
+
+
+def _where_counts_are(adata: AnnData, layer: str | None) -> str:
+    """Say which other matrices of `adata` hold whole numbers, and how to pass them."""
+    found = [
+        f"`adata.layers[{key!r}]` holds whole numbers: pass layer={key!r}."
+        for key in adata.layers
+        if key != layer and _holds_counts(adata.layers[key])
+    ]
+    if layer is not None and adata.X is not None and _holds_counts(adata.X):
+        found.append("`adata.X` holds whole numbers: pass layer=None.")
+    if adata.raw is not None and _holds_counts(adata.raw.X):
+        found.append(
+            "`adata.raw` holds whole numbers: set adata.layers['counts'] = adata.raw[:, adata.var_names].X "
+            "and pass layer='counts'."
+        )
+    return " ".join(found) or (
+        "Nothing else in `adata` holds whole numbers: go back to the raw data, and keep them with "
+        "adata.layers['counts'] = adata.X.copy() before normalising."
+    )
+
+
+def _holds_counts(matrix: Any) -> bool:
+    """Say whether the first cells of a matrix hold whole numbers of at least zero, not all of them zero."""
+    matrix = _in_memory(matrix[:_CELLS_LOOKED_AT])
+    values = matrix.data if sparse.issparse(matrix) else np.asarray(matrix).ravel()
+    if values.dtype.kind not in "buif" or values.size == 0 or not np.isfinite(values).all():
+        return False
+    return bool(values.min() >= 0 and values.max() > 0 and not _fractional(values).any())
+
+
+def _transformation(counts: sparse.csr_matrix) -> str | None:
+    """Say how fractional values came about, as far as it shows; None if they may be counts."""
+    share = float(_fractional(counts.data).mean())
+    largest = float(counts.data.max())
+    filled = np.flatnonzero(np.diff(counts.indptr))
+    cells = filled[np.unique(np.linspace(0, filled.size - 1, min(filled.size, _CELLS_LOOKED_AT)).astype(int))]
+    sample = counts[cells].astype(np.float64)
+
+    if _same_totals(sample):
+        return "looks normalised (every cell has the same total)"
+    if share > 0.5 and _multiples_of_smallest(sample):
+        return "looks normalised (in every cell the values are multiples of the smallest one)"
+    squares = sample.data[_fractional(sample.data)] ** 2
+    if squares.size >= 20 and np.mean(np.abs(squares - np.rint(squares)) < 0.01) > 0.9:
+        return "looks like square roots (their squares are whole numbers)"
+    if largest < _LARGEST_LOG:
+        for base, log in ((np.e, "log1p"), (2.0, "log2(x + 1)"), (10.0, "log10(x + 1)")):
+            undone = sample.copy()
+            undone.data = np.expm1(sample.data * np.log(base))
+            if _same_totals(undone):
+                return f"looks log-transformed (without the {log}, every cell has the same total)"
+            if share > 0.5 and _multiples_of_smallest(undone):
+                return f"looks log-transformed (without the {log}, the values of a cell are multiples of the smallest)"
+        if share >= _FRACTIONAL_THROUGHOUT:
+            return (
+                f"looks log-transformed ({100 * share:.0f} % of its values are fractional, none is above {largest:.3g})"
+            )
+    return None
+
+
+def _same_totals(sample: sparse.csr_matrix) -> bool:
+    """Say whether at least three cells have totals that agree within 1 % (19 of 20 of them)."""
+    totals = np.asarray(sample.sum(axis=1)).ravel()
+    return totals.size >= 3 and bool(np.quantile(np.abs(totals / np.median(totals) - 1), 0.95) < 0.01)
+
+
+def _multiples_of_smallest(sample: sparse.csr_matrix) -> bool:
+    """Say whether the values of a cell are whole multiples of its smallest one, as scaled counts are.
+
+    Looks at ratios up to 50, beyond which rounding blurs them; about 4 % of arbitrary ratios would pass.
+    """
+    smallest = np.minimum.reduceat(sample.data, sample.indptr[:-1])
+    ratios = sample.data / np.repeat(smallest, np.diff(sample.indptr))
+    ratios = ratios[(ratios > 1.001) & (ratios < 50)]
+    return ratios.size >= 20 and bool(np.mean(np.abs(ratios - np.rint(ratios)) < 0.02) > 0.8)
+
+
+def describe_empty(counts: sparse.csr_matrix) -> None:
+    """Log how many cells and how many genes have no counts; both are allowed."""
+    cells = int(np.sum(np.diff(counts.indptr) == 0))
+    genes = int(counts.shape[1] - np.unique(counts.indices).size)
+    if cells:
+        logger.warning(
+            "%d of %d cells have no counts: they are imputed from their surroundings.", cells, len(counts.indptr) - 1
+        )
+    if genes:
+        logger.warning("%d of %d genes have no counts: they stay near zero.", genes, counts.shape[1])
+
+
+def check_layer_of_missing(adata: AnnData, missing: str | None) -> npt.NDArray[np.bool_] | None:
+    """Read the layer that marks the entries that were not measured.
+
+    Parameters
+    ----------
+    adata
+        The data.
+    missing
+        Name of a layer that is True (or 1) where a gene was not measured in a cell and False (or 0) elsewhere.
+
+    Returns
+    -------
+    bool array, cells × genes, or None
+        True where not measured; a copy. None if `missing` is None.
+
+    Raises
+    ------
+    KeyError
+        If there is no such layer.
+    ValueError
+        If it holds anything but True and False (1 and 0), or marks every entry.
+    """
+    if missing is None:
+        return None
+    if missing not in adata.layers:
+        raise KeyError(
+            f"`missing={missing!r}` is not in `adata.layers`; there are: {_listing(adata.layers)}."
+            f"{_did_you_mean(str(missing), adata.layers)}"
+        )
+    layer = _in_memory(adata.layers[missing])
+    values = layer.data if sparse.issparse(layer) else np.asarray(layer)
+    strange = values[(values != 0) & (values != 1)]
+    if strange.size:
+        raise ValueError(
+            f"`missing={missing!r}` must be a layer of True (not measured) and False (measured), or 1 and 0; "
+            f"found {strange.ravel()[0]!r} among {strange.size} other values."
+        )
+    mask = np.array(layer.toarray() if sparse.issparse(layer) else layer).astype(bool)
+    if mask.all():
+        raise ValueError(f"`missing={missing!r}` marks every entry as not measured; is it the wrong way round?")
+    nowhere = np.flatnonzero(mask.all(axis=0))
+    if nowhere.size:
+        logger.warning(
+            "`missing=%r` marks %d genes in every cell: %s. Nothing can be learnt of them.",
+            missing,
+            nowhere.size,
+            _listing(adata.var_names[nowhere], 5),
+        )
+    return mask
+
+
+# --- genes ------------------------------------------------------------------------------------------------------------
+
+
+def check_genes(adata: AnnData, genes: Any) -> npt.NDArray[np.int64]:
+    """Find genes by name.
+
+    Parameters
+    ----------
+    adata
+        The data, with unique gene names.
+    genes
+        A name, a sequence of names, a boolean mask over `adata.var_names`, or None for all genes.
+
+    Returns
+    -------
+    int64 array
+        Their columns, in the order asked for.
+
+    Raises
+    ------
+    KeyError
+        If genes are not in `adata.var_names`; names the first five.
+    TypeError
+        If they are neither names nor a mask.
+    ValueError
+        If there are none, if one is named twice, or if a mask does not fit.
+    """
+    if genes is None:
+        return np.arange(adata.n_vars, dtype=np.int64)
+    if isinstance(genes, pd.Series) and pd.api.types.is_bool_dtype(genes) and not genes.index.equals(adata.var_names):
+        raise ValueError("`genes` is a boolean Series whose index is not `adata.var_names`; take it from `adata.var`.")
+    asked = np.asarray([genes] if isinstance(genes, str) else pd.Index(genes) if hasattr(genes, "__iter__") else genes)
+    if asked.ndim != 1 or asked.dtype.kind in "uifc":
+        raise TypeError(
+            f"`genes` must be gene names or a boolean mask over `adata.var_names`, not {type(genes).__name__} of "
+            f"{asked.dtype}; names of columns are adata.var_names[columns]."
+        )
+    if asked.dtype.kind == "b":
+        if asked.size != adata.n_vars:
+            raise ValueError(f"`genes` is a mask of {asked.size} values, but `adata` has {adata.n_vars} genes.")
+        columns = np.flatnonzero(asked)
+    else:
+        columns = adata.var_names.get_indexer(asked)
+        unknown = asked[columns < 0]
+        if unknown.size:
+            mask = isinstance(genes, str) and genes in adata.var and adata.var[genes].dtype == bool
+            hint = (
+                f" For the mask in `adata.var`, pass adata.var[{genes!r}]."
+                if mask
+                else _did_you_mean(str(unknown[0]), adata.var_names)
+            )
+            raise KeyError(f"`genes`: {unknown.size} not in `adata.var_names`: {_listing(unknown, 5)}.{hint}")
+        twice = pd.Index(asked)[pd.Index(asked).duplicated()].unique()
+        if len(twice):
+            raise ValueError(f"`genes` names {len(twice)} genes more than once: {_listing(twice, 5)}.")
+    if columns.size == 0:
+        raise ValueError("`genes` names no gene; pass None for all of them.")
+    return np.asarray(columns, dtype=np.int64)
+
+
+# --- space ------------------------------------------------------------------------------------------------------------
+
+
+def check_coordinates(
+    adata: AnnData, spatial_key: str, codes: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.float64]:
+    """Read the position of every cell.
+
+    Parameters
+    ----------
+    adata
+        The data.
+    spatial_key
+        Name of the positions in `adata.obsm`: an array or a DataFrame with two or three columns.
+    codes
+        The field of view of every cell as a number, to look at each by itself for cells in one place; None for one
+        field.
+
+    Returns
+    -------
+    float64 array, cells × 2 or cells × 3
+        The positions, in the user's unit; a copy.
+
+    Raises
+    ------
+    KeyError
+        If there is no such entry.
+    TypeError
+        If the positions are not numbers.
+    ValueError
+        If there are not two or three columns, or positions are NaN or infinite.
+    """
+    if spatial_key not in adata.obsm:
+        raise KeyError(
+            f"`spatial_key={spatial_key!r}` is not in `adata.obsm`; there are: {_listing(adata.obsm)}. "
+            "Positions of cells are needed there, as an array of cells × 2."
+            f"{_did_you_mean(str(spatial_key), adata.obsm)}"
+        )
+    name = f"adata.obsm[{spatial_key!r}]"
+    found = adata.obsm[spatial_key]
+    if isinstance(found, pd.DataFrame):
+        strange = [column for column in found if not pd.api.types.is_numeric_dtype(found[column])]
+        if strange:
+            raise TypeError(f"`{name}` must hold numbers, but these columns do not: {_listing(strange)}.")
+        found = found.to_numpy(dtype=np.float64, na_value=np.nan)
+    found = _in_memory(found)
+    found = found.toarray() if sparse.issparse(found) else np.asarray(np.ma.filled(found, np.nan))
+    if found.ndim != 2 or found.shape[1] not in (2, 3):
+        raise ValueError(
+            f"`{name}` must have two or three columns (x, y and perhaps z), but its shape is {found.shape}. "
+            "Name the positions of the cells in `spatial_key=`."
+        )
+    if found.dtype.kind not in "uif":
+        raise TypeError(f"`{name}` must hold numbers, but its dtype is {found.dtype}.")
+    coordinates = found.astype(np.float64)
+    bad = ~np.isfinite(coordinates).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"`{name}` is NaN or infinite for {bad.sum()} of {adata.n_obs} cells: "
+            f"{_listing((repr(cell) for cell in adata.obs_names[bad]), 5)}. Leave them out: "
+            f"adata = adata[np.isfinite(adata.obsm[{spatial_key!r}]).all(axis=1)].copy()"
+        )
+    _report_cells_in_one_place(name, coordinates, np.zeros(adata.n_obs, np.int64) if codes is None else codes)
+    return coordinates
+
+
+def _report_cells_in_one_place(name: str, coordinates: npt.NDArray[np.float64], codes: npt.NDArray[np.int64]) -> None:
+    """Log how many fields of two or more cells have all of them in one place."""
+    extent = pd.DataFrame(coordinates).groupby(codes).agg(np.ptp).to_numpy().max(axis=1)
+    flat = int(np.sum((extent == 0) & (np.unique(codes, return_counts=True)[1] > 1)))
+    if flat:
+        what = "all cells are" if len(extent) == 1 else f"in {flat} of {len(extent)} fields of view all cells are"
+        logger.warning("`%s`: %s in one and the same place, so their neighbours mean nothing.", name, what)
+
+
+def check_library_key(adata: AnnData, library_key: str | Sequence[str] | None) -> list[str] | None:
+    """Check the columns that tell fields of view apart.
+
+    Parameters
+    ----------
+    adata
+        The data.
+    library_key
+        One column of `adata.obs`, or several whose combination names a field of view, such as slide and fov. None
+        takes all cells as one field.
+
+    Returns
+    -------
+    list of str, or None
+        The columns; None if `library_key` is None.
+
+    Warns
+    -----
+    UserWarning
+        If `library_key` is None though a column looks like one, or if the labels of the given column occur again on
+        several slides.
+
+    Raises
+    ------
+    KeyError
+        If a column does not exist.
+    TypeError
+        If `library_key` is neither a name nor a sequence of names.
+    ValueError
+        If no column is named or one twice, if labels are missing, or if a column holds measurements.
+    """
+    from spaformer_sc.data._labels import as_frame, fov_columns, slide_columns, suggested_library_key
+
+    if library_key is None:
+        suggestion = suggested_library_key(adata.obs)
+        if suggestion:
+            call = suggestion[0] if len(suggestion) == 1 else suggestion
+            warnings.warn(
+                f"`library_key` is None, so all cells are taken as one field of view, but `adata.obs` has columns that "
+                f"look as if there were several: {_listing(suggestion)}. Pass library_key={call!r} if so.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return None
+
+    columns = [library_key] if isinstance(library_key, str) else library_key
+    if not isinstance(columns, Sequence) or not all(isinstance(column, str) for column in columns):
+        raise TypeError(
+            f"`library_key={library_key!r}` must be the name of a column of `adata.obs` or a list of names."
+        )
+    if not columns or len(set(columns)) < len(columns):
+        raise ValueError(f"`library_key={library_key!r}` must name at least one column, and none twice.")
+    for column in columns:
+        if column not in adata.obs.columns:
+            obs = as_frame(adata.obs)
+            discrete = [name for name in obs if isinstance(obs[name].dtype, pd.CategoricalDtype)]
+            raise KeyError(
+                f"`library_key={column!r}` is not in `adata.obs`; categorical columns are: {_listing(discrete)}."
+                f"{_did_you_mean(column, adata.obs.columns)}"
+            )
+    labels = as_frame(adata.obs, list(columns))
+    for column in columns:
+        _check_labels(column, labels[column])
+    if len(columns) == 1 and columns[0] in fov_columns(adata.obs):
+        for slide in slide_columns(adata.obs):
+            both = as_frame(adata.obs, [slide, columns[0]])
+            if both.groupby(columns[0], observed=True)[slide].nunique().max() > 1:
+                warnings.warn(
+                    f"`library_key={columns[0]!r}`: the same label occurs for several values of "
+                    f"`adata.obs[{slide!r}]`, so cells of different slides share a field of view. Pass "
+                    f"library_key={[slide, columns[0]]!r} if the labels start again on every slide.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+                break
+    return list(columns)
+
+
+def _check_labels(column: str, labels: pd.Series) -> None:
+    """Check that one column has a label for every cell and holds labels, not measurements."""
+    missing = int(labels.isna().sum())
+    if missing:
+        raise ValueError(
+            f"`library_key={column!r}`: {missing} of {len(labels)} cells have no label in `adata.obs[{column!r}]`. "
+            f"Leave them out: adata = adata[adata.obs[{column!r}].notna()].copy(), or give them a label."
+        )
+    if labels.dtype.kind == "f" and _fractional(labels.to_numpy(dtype=np.float64)).any():
+        raise ValueError(
+            f"`library_key={column!r}`: `adata.obs[{column!r}]` holds measurements ({labels.nunique()} values of dtype "
+            f"{labels.dtype}), not labels of fields of view."
+        )
+    if not pd.api.types.is_numeric_dtype(labels):
+        spelled = labels.astype(str).isin(["", "nan", "NaN", "None", "<NA>"]).sum()
+        if spelled:
+            logger.warning(
+                "`library_key=%r`: the label of %d cells is an empty or missing value written as text; "
+                "they are taken as one field of view.",
+                column,
+                spelled,
+            )
+
+
+def check_connectivities(adata: AnnData, connectivity_key: str) -> sparse.csr_matrix:
+    """Read the user's own spatial graph.
+
+    Parameters
+    ----------
+    adata
+        The data.
+    connectivity_key
+        Name of the graph in `adata.obsp`, such as ``"spatial_connectivities"``.
+
+    Returns
+    -------
+    csr_matrix, cells × cells, float32
+        The weights of the edges as they are there; a copy.
+
+    Raises
+    ------
+    KeyError
+        If there is no such graph.
+    ValueError
+        If it holds distances or is no graph (see `check_graph`).
+    """
+    if connectivity_key not in adata.obsp:
+        raise KeyError(
+            f"`connectivity_key={connectivity_key!r}` is not in `adata.obsp`; there are: {_listing(adata.obsp)}."
+            f"{_did_you_mean(str(connectivity_key), adata.obsp)}"
+        )
+    if connectivity_key.endswith("distances"):
+        raise ValueError(
+            f"`connectivity_key={connectivity_key!r}` names distances, but weights that are large for close cells are "
+            f"needed; `adata.obsp` has: {_listing(adata.obsp)}."
+        )
+    return check_graph(adata.obsp[connectivity_key], adata.n_obs, f"adata.obsp[{connectivity_key!r}]")
+
+
+def check_graph(graph: Any, n: int, name: str = "connectivities") -> sparse.csr_matrix:
+    """Check that a matrix is the weights of a graph over `n` cells.
+
+    Returns
+    -------
+    csr_matrix, n × n, float32
+        A copy, without explicit zeros.
+
+    Raises
+    ------
+    TypeError
+        If it does not hold numbers.
+    ValueError
+        If its shape is not n × n, or a weight is negative, NaN or infinite.
+    """
+    graph = _in_memory(graph)
+    if graph.shape != (n, n):
+        raise ValueError(f"`{name}` must be a matrix of cells × cells, {n} × {n}, but its shape is {graph.shape}.")
+    graph = _as_csr(graph, name)
+    if not np.isfinite(graph.data).all():
+        raise ValueError(f"`{name}` holds {np.sum(~np.isfinite(graph.data))} weights that are NaN or infinite.")
+    if (graph.data < 0).any():
+        raise ValueError(f"`{name}` holds {np.sum(graph.data < 0)} negative weights; a weight is at least 0.")
+    if graph.nnz == 0:
+        logger.warning("`%s` has no edges: every cell is by itself.", name)
+    return graph
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def check_key_added(
+    adata: AnnData, key_added: Any, *, slots: Iterable[tuple[str, str]] = (), mark: str | None = None
+) -> None:
+    """Check the name that results are written under, and that nothing of the user's is in their place.
+
+    What an earlier call of the same function wrote may be overwritten, as in scanpy. It is told by its record in
+    ``adata.uns[key_added]["params"]``.
+
+    Parameters
+    ----------
+    adata
+        The data that will be written to.
+    key_added
+        The name.
+    slots
+        What will be written, as pairs of attribute and key, such as ``("layers", "spaformer")``. `key_added` in
+        `adata.uns` need not be named.
+    mark
+        A parameter that this function always records and no other does. None if nothing is to be kept from overwriting.
+
+    Raises
+    ------
+    TypeError
+        If the name is not a string.
+    ValueError
+        If the name is empty or cannot be written to h5ad and zarr, or if other data would be overwritten.
+    """
+    if not isinstance(key_added, str):
+        raise TypeError(f"`key_added={key_added!r}` must be a string, not {type(key_added).__name__}.")
+    if not key_added.strip() or key_added in (".", "..") or "/" in key_added or key_added.startswith("__"):
+        raise ValueError(
+            f"`key_added={key_added!r}` cannot be written to h5ad and zarr files: a name is not empty, is not '.' or "
+            "'..', has no '/' and does not start with '__'."
+        )
+    if mark is None:
+        return
+    record = adata.uns.get(key_added)
+    params = record.get("params") if isinstance(record, Mapping) else None
+    if isinstance(params, Mapping) and mark in params:
+        return
+    taken = [
+        f"adata.{attribute}[{key!r}]"
+        for attribute, key in [*slots, ("uns", key_added)]
+        if key in getattr(adata, attribute)
+    ]
+    if taken:
+        raise ValueError(
+            f"`key_added={key_added!r}` would overwrite {_listing(taken)}, which this function did not write. "
+            "Choose another name, or delete it first."
+        )
