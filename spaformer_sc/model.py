@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from .data._fields import FieldOfView
     from .nn.network import Network, NetworkConfig, Output
+    from .positional import PositionalSum
     from .training.sequences import FieldCounts, Sampler
 
 SCHEMA = 1
@@ -152,7 +153,7 @@ class SpaFormer:
         self.settings: Settings = resolve(
             preset=preset,
             quality=quality,
-            positional=positional,
+            positional=self._positional(seed("positional")),
             encoder=encoder,
             decoder=decoder,
             variational=_checks.check_flag("variational", variational),
@@ -568,12 +569,16 @@ class SpaFormer:
             raise ValueError("this SpaFormer is not fitted; call `.fit(adata)` first.")
         return self._gene_share
 
-    def _positional(self) -> Any:
+    def _positional(self, seed: int = 0) -> PositionalSum | None:
         if not self.settings.positional:
             return None
+        import torch
+
         from .positional import build_positional
 
-        return build_positional(list(self.settings.positional), self.settings.dim, k=self.settings.n_eigenvectors)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_positional(self.settings.positional, self.settings.dim, k=self.settings.n_eigenvectors)
 
     def _encode(self) -> Any:
         module = self._positional()
@@ -607,14 +612,11 @@ class SpaFormer:
         def seed(part: str) -> int:
             return derived_seed(self.random_state, f"weights {part} {number}")
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed("positional"))
-            positional = self._positional()
         parts = ("embedding", "neighbours", "encoder", "decoder", "variational")
         return Network(
             self._network_config(),
             gene_share=torch.from_numpy(self._shares),
-            positional=positional,
+            positional=self._positional(seed("positional")),
             seeds={part: seed(part) for part in parts},
         )
 
@@ -625,13 +627,14 @@ class SpaFormer:
         from .training.sequences import Sampler
 
         s = self.settings
+        module = self._positional()
         return Sampler(
             tokens_per_step=s.training.tokens_per_step,
             corruptions=s.masking,
             rates=MaskingRates(tokens=s.training.masked_tokens, features=s.training.masked_features),
             gene_share=torch.from_numpy(self._shares),
             target_sum=self._model_sum,
-            positional=bool(s.positional),
+            positional=None if module is None else "graph" if module.needs_graph else "rows",
             device=device,
         )
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .likelihoods import expected_log1p, gaussian_log_prob, nb_log_prob, poisson_log_prob, zinb_log_prob
 
 _TINY = 1e-12
+_LOG_LIMIT = 12.0
 
 
 @dataclass
@@ -46,7 +47,7 @@ class CountDecoder(nn.Module):
         Mean share of each gene (genes,); the start of the output bias.
     posterior
         Combine the network's share with the cell's own visible counts in a Gamma-Poisson posterior whose
-        concentration is learned per gene (see :meth:`forward`).
+        concentration is learned (see :meth:`forward`).
     target_sum
         Not used by count decoders; part of the common signature.
     """
@@ -62,21 +63,25 @@ class CountDecoder(nn.Module):
         with torch.no_grad():
             self.logits.weight.mul_(0.3)
             self.logits.bias.copy_(gene_share.clamp(min=_TINY).log())
-        # A large start lets the likelihood decide how much of the cell's own count to trust; from a small start a gene
-        # cannot switch the posterior off again.
-        self.log_concentration = nn.Parameter(torch.full((n_genes,), 50.0).log()) if posterior else None
+        # From a small start a gene cannot switch the posterior off again.
+        self.log_concentration = nn.Parameter(torch.full((n_genes,), 10.0).log()) if posterior else None
+        self.concentration = nn.Linear(dim, n_genes) if posterior else None
+        if self.concentration is not None:
+            nn.init.zeros_(self.concentration.weight)
+            nn.init.zeros_(self.concentration.bias)
 
     def forward(self, latent: Tensor, counts: Tensor, depth: Tensor, visible: Tensor | None) -> Decoded:
         """Decode, and update with the cell's own counts.
 
         With prior rate ``r`` (the network's share), concentration ``k`` and ``x`` transcripts of the gene seen at depth
         ``D``, the posterior mean of the rate under ``rate ~ Gamma(k, k / r)``, ``x ~ Poisson(D * rate)`` is
-        ``(k + x) / (k / r + D)`` (SAVER: Huang et al. 2018, eq. 2). Hidden entries keep the prior. Rows are normalised.
+        ``(k + x) / (k / r + D)`` (SAVER: Huang et al. 2018, eq. 2). The concentration is the gene's own times a factor
+        decoded for each entry: it says how sure the network is. Hidden entries keep the prior. Rows are normalised.
         """
         hidden = self.hidden(latent)
         share = torch.softmax(self.logits(hidden), dim=-1)
-        if self.log_concentration is not None:
-            concentration = self.log_concentration.exp()
+        if self.log_concentration is not None and self.concentration is not None:
+            concentration = (self.log_concentration + self.concentration(hidden)).clamp(-_LOG_LIMIT, _LOG_LIMIT).exp()
             updated = (concentration + counts) / (concentration / share.clamp(min=_TINY) + depth[:, None])
             share = updated if visible is None else torch.where(visible, updated, share)
             share = share / share.sum(-1, keepdim=True)

@@ -34,7 +34,11 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, dim: int, n_heads: int, *, kind: str, feedforward: int, dropout: float) -> None:
         super().__init__()
-        self.attention = None if kind == "mlp" else ATTENTION[kind](dim, n_heads, dropout=dropout)
+        # Attention takes one number of the random state whatever it is, so that the other weights do not depend on it.
+        seed = int(torch.randint(2**62, ()))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.attention = None if kind == "mlp" else ATTENTION[kind](dim, n_heads, dropout=dropout)
         self.attention_norm = None if kind == "mlp" else nn.LayerNorm(dim)
         self.feedforward_norm = nn.LayerNorm(dim)
         self.feedforward = nn.Sequential(

@@ -55,21 +55,21 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class Positions:
-    """What the positional encodings of one FOV need, and which of its cells are tokens.
+    """What the positional encodings of one FOV need.
 
     Attributes
     ----------
     features
-        Features per cell of the whole FOV, by name; computed once.
+        Features by name: of the whole FOV if the encoding needs the graph, else of the tokens alone.
     edge_index
-        Symmetric spatial graph (2, edges) of the whole FOV.
+        Symmetric spatial graph (2, edges) of the whole FOV, or None.
     rows
-        Cells that are tokens (tokens,).
+        Cells of the FOV that are tokens (tokens,), or None when ``features`` holds just those.
     """
 
     features: dict[str, Tensor]
-    edge_index: Tensor
-    rows: Tensor
+    edge_index: Tensor | None
+    rows: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ class Network(nn.Module):
         if self.positional is not None:
             if tokens.positions is None:
                 raise ValueError("this network has a positional encoding; `tokens.positions` is needed")
-            encodings = [self.positional(p.features, p.edge_index, generator)[p.rows] for p in tokens.positions]
-            x = x + torch.cat(encodings)
+            for_fovs = [(self.positional(p.features, p.edge_index, generator), p.rows) for p in tokens.positions]
+            x = x + torch.cat([encoded if rows is None else encoded[rows] for encoded, rows in for_fovs])
         x = self.encoder(x, tokens.lengths)
         latent, divergence = self.latent(x), None
         decode_from = latent

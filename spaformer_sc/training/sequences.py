@@ -111,7 +111,14 @@ def view(sequence: FieldCounts, corrupted: Corrupted, gene_share: Tensor, target
     )
 
 
-def collate(pieces: Sequence[tuple[View, Tensor]], *, positional: bool, device: torch.device) -> Batch:
+def _positions(fov: FieldOfView, rows: Tensor, needs: str, device: torch.device) -> Positions:
+    if needs == "graph":
+        whole = {name: feature.to(device) for name, feature in fov.features.items()}
+        return Positions(whole, fov.edge_index.to(device), rows.to(device))
+    return Positions({name: feature[rows].to(device) for name, feature in fov.features.items()}, None, None)
+
+
+def collate(pieces: Sequence[tuple[View, Tensor]], *, positional: str | None, device: torch.device) -> Batch:
     """Join rows of several FOVs to one ragged batch on ``device``.
 
     Parameters
@@ -119,7 +126,7 @@ def collate(pieces: Sequence[tuple[View, Tensor]], *, positional: bool, device: 
     pieces
         Pairs of a view and the rows of it that become tokens.
     positional
-        Whether the network needs positions.
+        What the positional encodings need: ``"graph"`` (whole FOVs), ``"rows"`` (tokens alone), or None without any.
     device
         Where the batch goes.
     """
@@ -138,16 +145,7 @@ def collate(pieces: Sequence[tuple[View, Tensor]], *, positional: bool, device: 
         depth=torch.cat([v.depth[rows] for v, rows in pieces]).to(device),
         visible=torch.cat(visible).to(device) if visible else None,
         lengths=[len(rows) for _, rows in pieces],
-        positions=[
-            Positions(
-                {name: feature.to(device) for name, feature in v.fov.features.items()},
-                v.fov.edge_index.to(device),
-                rows.to(device),
-            )
-            for v, rows in pieces
-        ]
-        if positional
-        else None,
+        positions=None if positional is None else [_positions(v.fov, rows, positional, device) for v, rows in pieces],
     )
     return Batch(
         tokens,
@@ -179,7 +177,7 @@ class Sampler:
     target_sum
         Depth that expression is normalised to.
     positional
-        Whether the network needs positions.
+        As in :func:`collate`.
     device
         Where the batches go.
     """
@@ -189,7 +187,7 @@ class Sampler:
     rates: MaskingRates
     gene_share: Tensor
     target_sum: float
-    positional: bool
+    positional: str | None
     device: torch.device
     buffer_bytes: int = field(default=BUFFER_BYTES)
 

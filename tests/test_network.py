@@ -1,0 +1,201 @@
+"""The network and its batches: permutation, batch mates, paired seeds, neighbours, variational latent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from spaformer_sc.data._fields import GraphConfig, fields_of_view, neighbour_rings
+from spaformer_sc.nn.masking import MaskingRates
+from spaformer_sc.nn.network import Network, NetworkConfig, Tokens
+from spaformer_sc.positional import build_positional
+from spaformer_sc.training.sequences import Sampler, neighbour_values, sequences
+from spaformer_sc.training.trainer import batch_loss
+
+G = 20
+CONFIG = NetworkConfig(
+    n_genes=G, dim=16, n_layers=2, n_heads=4, feedforward=2, n_latent=6, encoder="performer", decoder="poisson",
+    variational=False, hops=2, posterior=True, dropout=0.0, target_sum=30.0,
+)  # fmt: skip
+PARTS = ("embedding", "neighbours", "encoder", "decoder", "variational")
+CPU = torch.device("cpu")
+
+
+def network(**changes) -> Network:
+    names = changes.pop("positional", None)
+    share = torch.full((G,), 1 / G)
+    seeds = {part: i for i, part in enumerate(PARTS)}
+    positional = None if names is None else build_positional(names, 16, k=4)
+    return Network(replace(CONFIG, **changes), gene_share=share, positional=positional, seeds=seeds).eval()
+
+
+def tissue(n: int = 90, n_fovs: int = 3, names: str | None = None):
+    rng = np.random.default_rng(0)
+    counts = sp.csr_matrix(rng.poisson(1.5, (n, G)).astype(np.float32))
+    coordinates = rng.uniform(0, 100, (n, 2))
+    codes = np.sort(rng.integers(0, n_fovs, n))
+    encode = None if names is None else build_positional(names, 16, k=4).features
+    fields, _ = fields_of_view(
+        coordinates, codes, [f"f{i}" for i in range(n_fovs)], graph=GraphConfig(), given=None, n_rings=2,
+        tile_size=4000, encode=encode,
+    )  # fmt: skip
+    return sequences(fields, counts, None)
+
+
+def sampler(positional: str | None = None, **changes) -> Sampler:
+    settings = dict(
+        tokens_per_step=30, corruptions=("thinning",), rates=MaskingRates(), gene_share=torch.full((G,), 1 / G),
+        target_sum=30.0, positional=positional, device=CPU,
+    )  # fmt: skip
+    return Sampler(**{**settings, **changes})
+
+
+def join(batches) -> Tokens:
+    return Tokens(
+        values=tuple(torch.cat([b.tokens.values[i] for b in batches]) for i in range(3)),
+        counts=torch.cat([b.tokens.counts for b in batches]),
+        depth=torch.cat([b.tokens.depth for b in batches]),
+        visible=None,
+        lengths=[n for b in batches for n in b.tokens.lengths],
+        positions=None
+        if batches[0].tokens.positions is None
+        else [p for b in batches for p in b.tokens.positions],
+    )
+
+
+@pytest.mark.parametrize("encoder", ["performer", "exact", "mlp"])
+@pytest.mark.parametrize("names", [None, "laplacian", "signnet"])
+def test_a_fov_does_not_depend_on_its_batch_mates(encoder: str, names: str | None) -> None:
+    data = tissue(names=names)
+    net = network(encoder=encoder, positional=names)
+    take = sampler(None if names is None else "graph" if names == "signnet" else "rows")
+    alone = [take.whole(s) for s in data]
+    together = net(join(alone))
+    separate = [net(b.tokens) for b in alone]
+    torch.testing.assert_close(together.latent, torch.cat([o.latent for o in separate]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        together.decoded.expression, torch.cat([o.decoded.expression for o in separate]), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_cells_exchange_information_only_with_attention() -> None:
+    tokens = sampler().whole(tissue()[0]).tokens
+    changed = tuple(v.clone() for v in tokens.values)
+    changed[0][0] += 1.0
+    moved = replace(tokens, values=changed)
+    for encoder, exchanges in (("performer", True), ("exact", True), ("mlp", False)):
+        net = network(encoder=encoder)
+        difference = (net(moved).latent - net(tokens).latent).abs().amax(1)
+        assert float(difference[0].detach()) > 1e-3
+        assert bool((difference[1:] > 1e-7).any()) == exchanges
+
+
+def test_permuting_the_cells_permutes_the_output() -> None:
+    tokens = sampler().whole(tissue(n_fovs=1)[0]).tokens
+    order = torch.randperm(len(tokens.depth), generator=torch.Generator().manual_seed(0))
+    shuffled = replace(
+        tokens,
+        values=tuple(v[order] for v in tokens.values),
+        counts=tokens.counts[order],
+        depth=tokens.depth[order],
+    )
+    net = network()
+    torch.testing.assert_close(net(shuffled).latent, net(tokens).latent[order], rtol=1e-5, atol=1e-5)
+
+
+def test_switching_a_part_leaves_the_weights_of_the_others() -> None:
+    plain = dict(network().named_parameters())
+    for changes in ({"positional": "signnet"}, {"hops": 0}, {"encoder": "mlp"}, {"variational": True}, {"decoder": "nb"}):
+        for name, parameter in network(**changes).named_parameters():
+            if name in plain:
+                assert torch.equal(parameter, plain[name]), (changes, name)
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    network(variational=True)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_hidden_token_is_told_apart_from_an_empty_cell() -> None:
+    net = network()
+    torch.nn.init.normal_(net.hidden_token, generator=torch.Generator().manual_seed(0))
+    tokens = sampler().whole(tissue()[0]).tokens
+    visible = torch.ones_like(tokens.counts, dtype=torch.bool)
+    shown = net(replace(tokens, visible=visible)).latent
+    torch.testing.assert_close(shown, net(tokens).latent)
+    visible[3] = False
+    hidden = net(replace(tokens, visible=visible)).latent
+    assert not torch.allclose(hidden[3], shown[3])
+
+
+def test_variational_latent_is_sampled_in_training_only() -> None:
+    net = network(variational=True, posterior=False)
+    tokens = sampler().whole(tissue()[0]).tokens
+    first, second = net(tokens), net(tokens)
+    assert torch.equal(first.decoded.expression, second.decoded.expression)
+    net.train()
+    a, b, c = (net(tokens, torch.Generator().manual_seed(s)).decoded.expression for s in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    mean, variance = first.latent, net.latent_log_variance(net.encoder(
+        net.embedding(tokens.values[0]) + sum(e(v) for e, v in zip(net.neighbours, tokens.values[1:]))
+        + net.depth(torch.log((tokens.depth + 1) / 31.0)[:, None]), tokens.lengths)).exp()  # fmt: skip
+    posterior = torch.distributions.Normal(mean, variance.sqrt())
+    divergence = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(first.divergence, divergence, rtol=1e-4, atol=1e-4)
+
+
+def test_rings_average_over_one_and_over_exactly_two_steps() -> None:
+    path = sp.diags([np.ones(5), np.ones(5)], [-1, 1]).tocsr().astype(np.float32)
+    first, second = neighbour_rings(path, 2)
+    np.testing.assert_allclose(first.toarray()[2], [0, 0.5, 0, 0.5, 0, 0])
+    np.testing.assert_allclose(second.toarray()[2], [0.5, 0, 0, 0, 0.5, 0])
+    np.testing.assert_allclose(second.toarray()[0], [0, 0, 1, 0, 0, 0])
+    triangle = sp.csr_matrix(np.ones((3, 3), dtype=np.float32) - np.eye(3, dtype=np.float32))
+    assert neighbour_rings(triangle, 2)[1].nnz == 0
+    assert neighbour_rings(triangle, 0) == ()
+
+
+def test_neighbour_means_leave_hidden_entries_out() -> None:
+    ring = neighbour_rings(sp.csr_matrix(np.ones((4, 4), dtype=np.float32) - np.eye(4, dtype=np.float32)), 1)
+    values = torch.tensor([[1.0, 0.0], [2.0, 4.0], [3.0, 0.0], [0.0, 8.0]])
+    visible = torch.tensor([[True, False], [True, True], [True, True], [False, True]])
+    (mean,) = neighbour_values(values * visible, visible, ring)
+    np.testing.assert_allclose(mean[0], [(2 + 3) / 2, (4 + 0 + 8) / 3], rtol=1e-6)
+    np.testing.assert_allclose(mean[3], [(1 + 2 + 3) / 3, (4 + 0) / 2], rtol=1e-6)
+
+
+def test_an_epoch_deals_every_cell_once_whatever_the_fovs() -> None:
+    for n_fovs in (1, 3, 12):
+        data = tissue(n=120, n_fovs=n_fovs)
+        batches = list(sampler().epoch(data, torch.Generator().manual_seed(0)))
+        assert sum(len(b.tokens.depth) for b in batches) == 120
+        assert all(sum(b.tokens.lengths) == len(b.tokens.depth) for b in batches)
+        assert 3 <= len(batches) <= 6
+        total = sum(float((b.tokens.counts + b.target).sum()) for b in batches)
+        assert total == sum(s.counts.sum() for s in data)
+
+
+def test_a_small_buffer_changes_only_which_fovs_are_mixed() -> None:
+    data = tissue(n=120, n_fovs=6)
+    batches = list(sampler(buffer_bytes=1).epoch(data, torch.Generator().manual_seed(0)))
+    assert sum(len(b.tokens.depth) for b in batches) == 120
+
+
+def test_the_loss_of_a_masked_batch_counts_hidden_entries_only() -> None:
+    net = network(posterior=False)
+    (batch, *_) = sampler(corruptions=("features",)).epoch(tissue(), torch.Generator().manual_seed(0))
+    loss = batch_loss(net, batch, 1.0, torch.Generator())
+    decoded = net(batch.tokens).decoded
+    likelihood = net.decoder.log_likelihood(decoded, batch.target, batch.target_depth)
+    want = -likelihood[batch.asked].sum() / batch.target[batch.asked].sum()
+    torch.testing.assert_close(loss, want)
+    spoiled = replace(batch, target=torch.where(batch.asked, batch.target, batch.target + 5))
+    torch.testing.assert_close(batch_loss(net, spoiled, 1.0, torch.Generator()), want)
