@@ -100,9 +100,7 @@ PAPER = Settings(
     hops=0,
     posterior=False,
     model_sum=250.0,
-    training=Training(
-        tokens_per_step=None, learning_rate=1e-3, weight_decay=5e-4, schedule="constant", averaging=0.0
-    ),
+    training=Training(tokens_per_step=None, learning_rate=1e-3, weight_decay=5e-4, schedule="constant", averaging=0.0),
 )
 """The paper's configuration (Wen et al. 2023, sec. 4.1), as far as our parts express it."""
 

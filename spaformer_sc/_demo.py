@@ -49,8 +49,8 @@ def compare_with_truth(
 ) -> pd.DataFrame:
     """Score predicted shares (cells × genes) against true ones.
 
-    Returns a data frame with a row per method: ``pearson``, the median over genes of the correlation over cells with the
-    true share, and ``rmse`` of ``log1p(share * target_sum)`` over all entries.
+    Returns a data frame with a row per method: ``pearson``, the median over genes of the correlation over cells with
+    the true share, and ``rmse`` of ``log1p(share * target_sum)`` over all entries.
     """
     from .metrics import gene_pearson
 
@@ -70,14 +70,14 @@ def example_genes(truth: NDArray[np.floating[Any]]) -> list[int]:
     mean = truth.mean(axis=0)
     variation = truth.std(axis=0) / np.maximum(mean, 1e-12)
     order = np.argsort(mean)
-    tiers = [order[int(lo * len(order)) : max(int(hi * len(order)), int(lo * len(order)) + 1)] for lo, hi in
-             ((0.8, 1.0), (0.4, 0.6), (0.1, 0.3))]
+    tiers = [
+        order[int(lo * len(order)) : max(int(hi * len(order)), int(lo * len(order)) + 1)]
+        for lo, hi in ((0.8, 1.0), (0.4, 0.6), (0.1, 0.3))
+    ]
     return [int(tier[np.argmax(variation[tier])]) for tier in tiers]
 
 
-def draw(
-    adata: AnnData, genes: list[int], imputed: NDArray[np.floating[Any]], target_sum: float, path: Path
-) -> None:
+def draw(adata: AnnData, genes: list[int], imputed: NDArray[np.floating[Any]], target_sum: float, path: Path) -> None:
     """Draw true, observed and imputed expression side by side in space, a row per gene, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -100,7 +100,13 @@ def draw(
             order = np.argsort(values)
             limit = max(float(np.quantile(values, 0.995)), 1e-9) if name.startswith("observed") else top
             points = ax.scatter(
-                *place[order, :2].T, c=values[order], s=size, cmap="viridis", vmin=0, vmax=limit, linewidths=0,
+                *place[order, :2].T,
+                c=values[order],
+                s=size,
+                cmap="viridis",
+                vmin=0,
+                vmax=limit,
+                linewidths=0,
                 rasterized=True,
             )
             ax.set_aspect("equal")
@@ -128,23 +134,21 @@ def run_demo(
     adata = datasets.simulated_tissue(n_fovs=n_fovs, n_cells=n_cells, n_genes=n_genes, random_state=random_state)
     zeros = 1 - adata.X.nnz / (adata.n_obs * adata.n_vars)
     logger.info("simulated %d cells × %d genes in %d fields of view, %.0f%% zeros", *adata.shape, n_fovs, 100 * zeros)
-    imputed = tl.impute(
+    tl.impute(
         adata,
         library_key="fov",
         output="rate",
         max_epochs=max_epochs,
         random_state=random_state,
         progress=progress,
-        copy=True,
     )
-    params = imputed.uns["spaformer"]["params"]
-    target_sum = params["target_sum"]
-    share = imputed.layers["spaformer"] / target_sum
+    target_sum = adata.uns["spaformer"]["params"]["target_sum"]
+    share = adata.layers["spaformer"] / target_sum
     truth = adata.layers["true_rate"]
     table = compare_with_truth(truth, {**baselines(adata), "spaformer_sc": share}, target_sum)
     genes = example_genes(truth)
     draw(adata, genes, share, target_sum, folder / "demo.png")
-    write_atomically(imputed, folder / "demo.h5ad")
+    write_atomically(adata, folder / "demo.h5ad")
     print("Agreement with the simulated truth (cells × genes):\n")
     print("  method                median Pearson per gene   RMSE of log1p")
     for name, row in table.iterrows():

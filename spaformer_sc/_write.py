@@ -31,7 +31,7 @@ def write_result(
     gene_scores: pd.DataFrame,
     record: dict[str, Any],
 ) -> None:
-    """Write everything that a fit gives into its slots, one logged line each.
+    """Write everything that a fit gives into its slots, all of it or nothing, one logged line each.
 
     Parameters
     ----------
@@ -50,13 +50,26 @@ def write_result(
     """
     from anndata import ImplicitModificationWarning
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ImplicitModificationWarning)
-        adata.layers[keys.layer] = expression
-    adata.obsm[keys.embedding] = embedding
-    for score in gene_scores:
-        adata.var[keys.var(score)] = gene_scores[score].to_numpy()
-    adata.uns[keys.uns] = record
+    values: dict[tuple[str, str], Any] = {
+        ("layers", keys.layer): expression,
+        ("obsm", keys.embedding): embedding,
+        **{("var", keys.var(score)): gene_scores[score].to_numpy() for score in gene_scores},
+        ("uns", keys.uns): record,
+    }
+    before = {(attribute, key): getattr(adata, attribute).get(key) for attribute, key in values}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ImplicitModificationWarning)
+            for (attribute, key), value in values.items():
+                getattr(adata, attribute)[key] = value
+    except BaseException:
+        for (attribute, key), value in before.items():
+            slots = getattr(adata, attribute)
+            if value is not None:
+                slots[key] = value
+            elif key in slots:
+                del slots[key]
+        raise
     logger.info("added %r, %s float32 (adata.layers)", keys.layer, expression.shape)
     logger.info("added %r, %s float32 (adata.obsm)", keys.embedding, embedding.shape)
     for score in gene_scores:
@@ -96,12 +109,12 @@ def _is_zarr(path: Path) -> bool:
 def write_atomically(adata: AnnData, path: str | os.PathLike[str]) -> None:
     """Write an AnnData as ``.h5ad`` or ``.zarr`` so that either the old file or the whole new one is there.
 
-    Written beside the target under a temporary name, flushed to disk, then renamed.
+    Written beside the target under a temporary name, then renamed; an ``.h5ad`` is flushed to disk before.
 
     Parameters
     ----------
     adata
-        What to write.
+        What to write; not changed.
     path
         File (``.h5ad``) or store (``.zarr``).
     """
@@ -109,22 +122,48 @@ def write_atomically(adata: AnnData, path: str | os.PathLike[str]) -> None:
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         fresh = staging / target.name
+        shell = _shell(adata)
         if target.suffix == ".h5ad":
-            adata.write_h5ad(fresh, compression="gzip", compression_opts=1)
+            shell.write_h5ad(fresh, compression="gzip", compression_opts=1)
             with open(fresh, "rb") as handle:
                 os.fsync(handle.fileno())
         else:
-            adata.write_zarr(fresh)
+            with warnings.catch_warnings():
+                # anndata announces its next default for every store that it writes.
+                warnings.filterwarnings("ignore", "Writing zarr v2 data will no longer be the default", UserWarning)
+                shell.write_zarr(fresh)
         if target.is_dir():
             # A folder cannot be replaced in one step: the old store steps aside, and comes back if the new one fails.
             old = staging / "old"
-            os.replace(target, old)
             try:
+                os.replace(target, old)
                 os.replace(fresh, target)
-            except OSError:
-                os.replace(old, target)
+            except BaseException:
+                if old.exists() and not target.exists():
+                    os.replace(old, target)
                 raise
         else:
             os.replace(fresh, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _shell(adata: AnnData) -> AnnData:
+    """Return an AnnData of the same arrays for anndata to write.
+
+    Writing turns text columns of ``obs``, ``var`` and ``raw.var`` into categorical ones, and lets a backed AnnData
+    point at the file just written.
+    """
+    from anndata import AnnData
+
+    raw = adata.raw
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* names are not unique", UserWarning)
+        return AnnData(
+            X=adata.X,
+            obs=adata.obs.copy(),
+            var=adata.var.copy(),
+            uns=dict(adata.uns),
+            **{slot: dict(getattr(adata, slot)) for slot in ("layers", "obsm", "varm", "obsp", "varp")},
+            raw=None if raw is None else {"X": raw.X, "var": raw.var.copy(), "varm": dict(raw.varm)},
+        )

@@ -47,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         "--library-key",
         nargs="+",
         metavar="COLUMN",
-        help="obs column that names the field of view of each cell, or several (slide fov); without it the slide is one "
-        "image, tiled where large",
+        help="obs column that names the field of view of each cell, or several (slide fov); without it the slide is "
+        "one image, tiled where large",
     )
     where.add_argument("--spatial-key", default="spatial", metavar="KEY", help="coordinates in obsm (default: spatial)")
     where.add_argument("--connectivity-key", metavar="KEY", help="use this graph in obsp in place of building one")
@@ -56,9 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--missing", metavar="NAME", help="layer that is True where a gene was not measured in a cell")
     what = impute.add_argument_group("what is written")
     what.add_argument("--scale", choices=OUTPUTS, default="lognorm", help="scale of the result (default: lognorm)")
-    what.add_argument("--target-sum", type=float, metavar="N", help="library size of lognorm and rate (default: median)")
+    what.add_argument(
+        "--target-sum", type=float, metavar="N", help="library size for lognorm and rate (default: median)"
+    )
     what.add_argument("--genes", nargs="+", metavar="GENE", help="write only these genes (default: all)")
-    what.add_argument("--key-added", default="spaformer", metavar="KEY", help="name of the results (default: spaformer)")
+    what.add_argument(
+        "--key-added", default="spaformer", metavar="KEY", help="name of the results (default: spaformer)"
+    )
     model = impute.add_argument_group("the model")
     model.add_argument("--quality", choices=QUALITIES, default="default", help="fast, default or best")
     model.add_argument("--preset", choices=PRESETS, default="default", help="paper: the configuration of the paper")

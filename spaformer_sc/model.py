@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -72,10 +72,10 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Imputed expression (cells, genes asked for) and latent (cells, n_latent); None where not asked for."""
+    """Imputed expression (cells, genes asked for) and latent (cells, n_latent); no columns where not asked for."""
 
-    expression: NDArray[np.float32] | None
-    embedding: NDArray[np.float32] | None
+    expression: NDArray[np.float32]
+    embedding: NDArray[np.float32]
 
 
 class SpaFormer:
@@ -132,7 +132,7 @@ class SpaFormer:
         masking: str | Sequence[str] | None = "auto",
         n_latent: int | None = None,
         max_epochs: int | None = None,
-        graph: str = "knn",
+        graph: Literal["knn", "delaunay", "radius"] = "knn",
         n_neighbors: int = 6,
         radius: float | None = None,
         tile_size: int = 4000,
@@ -153,7 +153,7 @@ class SpaFormer:
         self.settings: Settings = resolve(
             preset=preset,
             quality=quality,
-            positional=self._positional(seed("positional")),
+            positional=positional,
             encoder=encoder,
             decoder=decoder,
             variational=_checks.check_flag("variational", variational),
@@ -308,8 +308,6 @@ class SpaFormer:
         from .training.scoring import held_out_scores
 
         rates = self._predict(data, sampler, train.shape[0], output="rate", target_sum=1.0, genes=None, embed=False)
-        if rates.expression is None:
-            raise RuntimeError("no expression was predicted")
         self.scores, self.gene_scores = held_out_scores(test, rates.expression, train, loaded.missing)
         self.scores["validation"] = max(self.history["validation"], default=float("nan"))
 
@@ -350,10 +348,7 @@ class SpaFormer:
             If the model is not fitted, or genes of the fit are missing from ``adata``; the message names them.
         """
         keys = self._keys_for(library_key, spatial_key, connectivity_key, layer, missing)
-        prediction = self.predict(adata, keys, output=output, target_sum=target_sum, genes=genes, embed=False)
-        if prediction.expression is None:
-            raise RuntimeError("no expression was predicted")
-        return prediction.expression
+        return self.predict(adata, keys, output=output, target_sum=target_sum, genes=genes, embed=False).expression
 
     def embed(
         self,
@@ -367,10 +362,7 @@ class SpaFormer:
     ) -> NDArray[np.float32]:
         """Return the latent of cells, float32 (cells × n_latent); arguments and errors as in :meth:`impute`."""
         keys = self._keys_for(library_key, spatial_key, connectivity_key, layer, missing)
-        prediction = self.predict(adata, keys, output=None, target_sum=None, genes=None, embed=True)
-        if prediction.embedding is None:
-            raise RuntimeError("no embedding was predicted")
-        return prediction.embedding
+        return self.predict(adata, keys, output=None, target_sum=None, genes=None, embed=True).embedding
 
     def predict(
         self,
@@ -404,7 +396,7 @@ class SpaFormer:
             genes=known[known >= 0],
             embed=embed,
         )
-        if prediction.expression is None or (known >= 0).all():
+        if output is None or (known >= 0).all():
             return prediction
         expression = np.full((adata.n_obs, len(asked)), np.nan, dtype=np.float32)
         expression[:, known >= 0] = prediction.expression
@@ -441,11 +433,9 @@ class SpaFormer:
         """Predict FOV by FOV and blend tiles; networks are averaged in the scale asked for."""
         import torch
 
-        expression: NDArray[np.float32] | None = None
-        embedding = np.zeros((n_cells, self.settings.n_latent), dtype=np.float32) if embed else None
-        if output is not None:
-            n_genes = len(self._shares) if genes is None else len(genes)
-            expression = np.zeros((n_cells, n_genes), dtype=np.float32)
+        n_genes = 0 if output is None else len(self._shares) if genes is None else len(genes)
+        expression = np.zeros((n_cells, n_genes), dtype=np.float32)
+        embedding = np.zeros((n_cells, self.settings.n_latent if embed else 0), dtype=np.float32)
         for sequence in data:
             batch = sampler.whole(sequence)
             cells, weight = sequence.fov.cells, sequence.fov.weight[:, None]
@@ -453,18 +443,16 @@ class SpaFormer:
             with torch.inference_mode():
                 for number, network in enumerate(self._networks):
                     result = network(batch.tokens)
-                    if expression is not None and output is not None:
+                    if output is not None:
                         block = self._scaled(network, result, batch.tokens.depth, output, target_sum).cpu().numpy()
                         block = block if genes is None else block[:, genes]
                         expression[cells[inside]] += block[inside] * (weight[inside] / len(self._networks))
-                    if embedding is not None and number == 0:
+                    if embed and number == 0:
                         embedding[cells[inside]] += result.latent.cpu().numpy()[inside] * weight[inside]
         return Prediction(expression, embedding)
 
     @staticmethod
-    def _scaled(
-        network: Network, result: Output, depth: torch.Tensor, output: str, target_sum: float
-    ) -> torch.Tensor:
+    def _scaled(network: Network, result: Output, depth: torch.Tensor, output: str, target_sum: float) -> torch.Tensor:
         decoder = network.decoder
         if output == "rate":
             return decoder.share(result.decoded) * target_sum
@@ -763,7 +751,8 @@ class SpaFormer:
                 raise ValueError(f"{folder / 'model.json'} does not describe a spaformer_sc model.")
             if description["schema"] > SCHEMA:
                 raise ValueError(
-                    f"{folder} was written by spaformer_sc {description['version']} in a newer format; update the package."
+                    f"{folder} was written in a newer format, by spaformer_sc {description['version']}; update the "
+                    "package."
                 )
             weights = load_file(folder / "weights.safetensors")
             graph = description["graph"]

@@ -51,9 +51,7 @@ def test_the_posterior_is_the_gamma_poisson_mean(inputs) -> None:
         for g in range(G):
             k, r, x, d = (float(v.detach()) for v in (concentration[i, g], share[i, g], counts[i, g], depth[i]))
             rate = np.linspace(1e-9, 40 * (r + (x + 1) / d), 200_001)
-            weight = np.exp(
-                stats.gamma.logpdf(rate, k, scale=r / k) + stats.poisson.logpmf(x, d * rate)
-            )
+            weight = np.exp(stats.gamma.logpdf(rate, k, scale=r / k) + stats.poisson.logpmf(x, d * rate))
             if k > 1:  # below 1 the density has a pole at 0 that this grid does not resolve
                 updated[i, g] = float((weight * rate).sum() / weight.sum())
             else:
@@ -137,7 +135,9 @@ def test_gaussian_moves_between_target_sums(inputs) -> None:
     depth = torch.full((N,), 10.0)
     same = decoder.lognorm(decoded, depth, 40.0)
     torch.testing.assert_close(same, decoded.expression.clamp(min=0))
-    torch.testing.assert_close(torch.expm1(decoder.lognorm(decoded, depth, 80.0)), 2 * torch.expm1(same), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.expm1(decoder.lognorm(decoded, depth, 80.0)), 2 * torch.expm1(same), rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(decoder.counts(decoded, depth), torch.expm1(same) / 4)
 
 

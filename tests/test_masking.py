@@ -26,9 +26,7 @@ def corrupt(name: str, counts: SparseCounts, measured: torch.Tensor | None = Non
 
 
 def test_thinning_parts_add_up_and_follow_the_binomial(counts: SparseCounts) -> None:
-    kept = torch.stack(
-        [corrupt("thinning", counts, seed=s, thinning=(0.3, 0.3)).counts for s in range(200)]
-    )
+    kept = torch.stack([corrupt("thinning", counts, seed=s, thinning=(0.3, 0.3)).counts for s in range(200)])
     full = counts.dense()
     view = corrupt("thinning", counts, seed=3, thinning=(0.3, 0.3))
     assert torch.equal(view.counts + view.target, full)
@@ -50,9 +48,7 @@ def test_thin_keeps_integers_between_zero_and_the_count() -> None:
     assert abs(float((kept / values)[3::4].mean()) - 0.5) < 1e-3
 
 
-@pytest.mark.parametrize(
-    ("name", "share"), [("bilevel", 0.5 * 0.4), ("tokens", 0.5), ("features", 0.4)]
-)
+@pytest.mark.parametrize(("name", "share"), [("bilevel", 0.5 * 0.4), ("tokens", 0.5), ("features", 0.4)])
 def test_masks_hide_the_stated_share_and_nothing_is_rescaled(counts: SparseCounts, name: str, share: float) -> None:
     view = corrupt(name, counts, tokens=0.5, features=0.4)
     full = counts.dense()

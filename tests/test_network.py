@@ -61,9 +61,7 @@ def join(batches) -> Tokens:
         depth=torch.cat([b.tokens.depth for b in batches]),
         visible=None,
         lengths=[n for b in batches for n in b.tokens.lengths],
-        positions=None
-        if batches[0].tokens.positions is None
-        else [p for b in batches for p in b.tokens.positions],
+        positions=None if batches[0].tokens.positions is None else [p for b in batches for p in b.tokens.positions],
     )
 
 
@@ -109,7 +107,13 @@ def test_permuting_the_cells_permutes_the_output() -> None:
 
 def test_switching_a_part_leaves_the_weights_of_the_others() -> None:
     plain = dict(network().named_parameters())
-    for changes in ({"positional": "signnet"}, {"hops": 0}, {"encoder": "mlp"}, {"variational": True}, {"decoder": "nb"}):
+    for changes in (
+        {"positional": "signnet"},
+        {"hops": 0},
+        {"encoder": "mlp"},
+        {"variational": True},
+        {"decoder": "nb"},
+    ):
         for name, parameter in network(**changes).named_parameters():
             if name in plain:
                 assert torch.equal(parameter, plain[name]), (changes, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 
@@ -140,7 +141,7 @@ def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
     assert factors[0] == pytest.approx(0.1, rel=1e-2)
     assert max(factors) == factors[9]
     assert factors[200] == pytest.approx(0.0, abs=1e-12)
-    assert all(b <= a for a, b in zip(factors[9:], factors[10:]))
+    assert all(b <= a for a, b in itertools.pairwise(factors[9:]))
     constant = TrainingConfig(warmup_steps=10, schedule="constant")
     assert learning_rate_factor(150, 200, constant) == 1.0
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from .._logging import logger
+from spaformer_sc._logging import logger
+
 from ._graph import n_components, spatial_graph, typical_distance
 from ._tiling import tile
 
@@ -25,7 +26,7 @@ MARGIN = 8.0
 class GraphConfig:
     """How spatial graphs are built: ``method`` is ``"knn"``, ``"delaunay"`` or ``"radius"``."""
 
-    method: str = "knn"
+    method: Literal["knn", "delaunay", "radius"] = "knn"
     n_neighbors: int = 6
     radius: float | None = None
 
@@ -69,8 +70,8 @@ class FieldOfView:
 def neighbour_rings(graph: sp.csr_matrix, n_rings: int) -> tuple[sp.csr_matrix, ...]:
     """Return averaging matrices over the first ``n_rings`` rings of neighbours (0, 1 or 2).
 
-    The first ring is the graph itself, its weights kept; the second holds the cells at exactly two steps. Rows sum to 1,
-    or to 0 for a cell without neighbours in that ring.
+    The first ring is the graph itself, its weights kept; the second holds the cells at exactly two steps. Rows sum to
+    1, or to 0 for a cell without neighbours in that ring.
 
     Parameters
     ----------
@@ -177,8 +178,7 @@ def fields_of_view(
     }
     if components > 2 * len(names):
         logger.warning(
-            "the spatial graph falls apart: %d connected components in %d fields of view; cells do not see beyond their "
-            "component. Use more neighbours, or graph='knn' or 'delaunay'.",
+            "the spatial graph falls apart: %d connected components in %d fields of view; no cell sees beyond its own. Use more neighbours, or graph='knn' or 'delaunay'.",
             components,
             len(names),
         )

@@ -18,9 +18,7 @@ class HeldOut:
     test: sp.csr_matrix
 
 
-def hold_out(
-    counts: sp.csr_matrix, *, validation: float, test: float, rng: np.random.Generator
-) -> HeldOut:
+def hold_out(counts: sp.csr_matrix, *, validation: float, test: float, rng: np.random.Generator) -> HeldOut:
     """Split every count at random into a part to train on, one to stop on and one to score on.
 
     Each transcript goes to one of the parts independently. The parts of a Poisson count are independent given its rate
@@ -74,4 +72,4 @@ def gene_shares(counts: sp.csr_matrix, missing: NDArray[np.bool_] | None) -> NDA
             depth = library / np.maximum(measured @ share, 1e-12)
             share = total / np.maximum(depth @ measured, 1e-12)
             share /= share.sum()
-    return share.astype(np.float32)
+    return np.asarray(share, dtype=np.float32)

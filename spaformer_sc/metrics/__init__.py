@@ -1,0 +1,37 @@
+"""Measure imputation on counts it has not seen: protocols make a split, scores read a prediction.
+
+Protocols hide counts in three ways: :func:`thin` splits every count binomially, :func:`hide_entries` sets single
+entries to zero, :func:`hide_blocks` hides whole genes in some fields of view. Scores compare a prediction made from the
+visible part with what was hidden.
+"""
+
+from __future__ import annotations
+
+from spaformer_sc.metrics._protocols import BlockSplit, CountSplit, EntrySplit, hide_blocks, hide_entries, thin
+from spaformer_sc.metrics._scores import (
+    cosine,
+    deviance_explained,
+    deviance_explained_per_gene,
+    gene_pearson,
+    pearson,
+    poisson_gain,
+    poisson_gain_per_gene,
+    rmse,
+)
+
+__all__ = [
+    "BlockSplit",
+    "CountSplit",
+    "EntrySplit",
+    "cosine",
+    "deviance_explained",
+    "deviance_explained_per_gene",
+    "gene_pearson",
+    "hide_blocks",
+    "hide_entries",
+    "pearson",
+    "poisson_gain",
+    "poisson_gain_per_gene",
+    "rmse",
+    "thin",
+]

@@ -137,9 +137,7 @@ class NegativeBinomialDecoder(CountDecoder):
     def __init__(
         self, n_latent: int, dim: int, n_genes: int, *, gene_share: Tensor, posterior: bool, target_sum: float
     ) -> None:
-        super().__init__(
-            n_latent, dim, n_genes, gene_share=gene_share, posterior=posterior, target_sum=target_sum
-        )
+        super().__init__(n_latent, dim, n_genes, gene_share=gene_share, posterior=posterior, target_sum=target_sum)
         self.log_dispersion = nn.Parameter(torch.full((n_genes,), 10.0).log())
 
     def _dispersion(self) -> Tensor:
@@ -155,14 +153,13 @@ class ZeroInflatedDecoder(NegativeBinomialDecoder):
     def __init__(
         self, n_latent: int, dim: int, n_genes: int, *, gene_share: Tensor, posterior: bool, target_sum: float
     ) -> None:
-        super().__init__(
-            n_latent, dim, n_genes, gene_share=gene_share, posterior=posterior, target_sum=target_sum
-        )
+        super().__init__(n_latent, dim, n_genes, gene_share=gene_share, posterior=posterior, target_sum=target_sum)
         self.zeros = nn.Linear(dim, n_genes)
         nn.init.constant_(self.zeros.bias, -3.0)
 
     def _zero_logits(self, hidden: Tensor) -> Tensor:
-        return self.zeros(hidden)
+        logits: Tensor = self.zeros(hidden)
+        return logits
 
     def log_prob(self, target: Tensor, mean: Tensor, zero_logits: Tensor | None) -> Tensor:
         if zero_logits is None:
@@ -173,7 +170,7 @@ class ZeroInflatedDecoder(NegativeBinomialDecoder):
 class GaussianDecoder(nn.Module):
     """Latent to log-normalised values under a Gaussian of unit variance: the paper's vanilla decoder.
 
-    Predicts ``log1p(count / depth * target_sum)``; means below 0 are cut at 0 when values are read out, not in the loss.
+    Predicts ``log1p(count / depth * target_sum)``; means below 0 are cut at 0 when read out, not in the loss.
     """
 
     is_count = False

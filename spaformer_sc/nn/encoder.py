@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .attention import ATTENTION
+from .attention import ATTENTION, PerformerAttention
 
 ENCODERS = (*ATTENTION, "mlp")
 
@@ -38,7 +38,7 @@ class EncoderLayer(nn.Module):
         seed = int(torch.randint(2**62, ()))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.attention = None if kind == "mlp" else ATTENTION[kind](dim, n_heads, dropout=dropout)
+            self.attention = None if kind == "mlp" else ATTENTION[kind](dim, n_heads)
         self.attention_norm = None if kind == "mlp" else nn.LayerNorm(dim)
         self.feedforward_norm = nn.LayerNorm(dim)
         self.feedforward = nn.Sequential(
@@ -50,14 +50,22 @@ class EncoderLayer(nn.Module):
         """Map tokens (N, dim) of FOVs that lie one after the other, ``lengths`` cells each, to (N, dim)."""
         if self.attention is not None and self.attention_norm is not None:
             x = x + self.dropout(self.attention(self.attention_norm(x), lengths))
-        return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
+        output: Tensor = x + self.dropout(self.feedforward(self.feedforward_norm(x)))
+        return output
 
 
 class Encoder(nn.Module):
     """A stack of :class:`EncoderLayer` and a final layer norm."""
 
     def __init__(
-        self, dim: int, n_layers: int, n_heads: int, *, kind: str = "performer", feedforward: int = 2, dropout: float = 0.0
+        self,
+        dim: int,
+        n_layers: int,
+        n_heads: int,
+        *,
+        kind: str = "performer",
+        feedforward: int = 2,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
@@ -69,10 +77,11 @@ class Encoder(nn.Module):
         """Map tokens (N, dim) to contextual tokens (N, dim)."""
         for layer in self.layers:
             x = layer(x, lengths)
-        return self.norm(x)
+        output: Tensor = self.norm(x)
+        return output
 
     def redraw(self, generator: torch.Generator) -> None:
-        """Draw new random features in every layer whose attention has them (Choromanski et al. 2021, sec. 4.2)."""
+        """Draw new random features in every layer that has them (Choromanski et al. 2021, sec. 4.2)."""
         for module in self.modules():
-            if module is not self and hasattr(module, "redraw"):
+            if isinstance(module, PerformerAttention):
                 module.redraw(generator)

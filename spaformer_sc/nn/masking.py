@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SparseCounts:
-    """Non-zero counts of ``shape`` (cells, genes): ``values[i]`` transcripts of gene ``cols[i]`` in cell ``rows[i]``."""
+    """Non-zero counts of a ``shape`` (cells, genes): ``values[i]`` of gene ``cols[i]`` in cell ``rows[i]``."""
 
     rows: Tensor
     cols: Tensor

@@ -103,7 +103,7 @@ class Tokens:
 
 @dataclass
 class Output:
-    """What the network says of a batch: decoder output, latent (tokens, n_latent), and KL divergence (tokens,) or None."""
+    """Output for a batch: decoded distribution, latent (tokens, n_latent), and KL divergence (tokens,) or None."""
 
     decoded: Decoded
     latent: Tensor

@@ -1,0 +1,67 @@
+"""Positional encodings: from the graph and the coordinates of a field of view to vectors that are added to tokens."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from spaformer_sc.positional._base import PositionalEncoding, PositionalSum
+from spaformer_sc.positional.laplacian import LaplacianEncoding, laplacian_eigenvectors
+from spaformer_sc.positional.signnet import SignNetEncoding
+
+__all__ = [
+    "POSITIONAL",
+    "LaplacianEncoding",
+    "PositionalEncoding",
+    "PositionalSum",
+    "SignNetEncoding",
+    "build_positional",
+    "laplacian_eigenvectors",
+]
+
+POSITIONAL: dict[str, type[PositionalEncoding]] = {
+    encoding.name: encoding
+    for encoding in (
+        LaplacianEncoding,
+        SignNetEncoding,
+    )
+}
+"""Encodings by name."""
+
+
+def build_positional(names: str | Sequence[str], dim: int, *, k: int = 10) -> PositionalSum:
+    """Build the sum of the named encodings.
+
+    Weights follow torch's random state, of which exactly one number is used: those of an encoding do not depend on
+    which others there are.
+
+    Parameters
+    ----------
+    names
+        Name or names of encodings.
+    dim
+        Width of the encoding.
+    k
+        Number of features of each cell, for encodings that leave a choice: eigenvectors, steps, frequencies.
+
+    Returns
+    -------
+    The sum.
+
+    Raises
+    ------
+    ValueError
+        If there is no name, one is unknown or one is given twice.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if not names or len(set(names)) < len(names) or not POSITIONAL.keys() >= set(names):
+        raise ValueError(f"`positional={names!r}` must be one or more distinct names out of: {', '.join(POSITIONAL)}.")
+    base = int(torch.randint(2**62, ()))
+    encodings = []
+    for name in names:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f"{base} {name}".encode()))
+            encodings.append(POSITIONAL[name](dim, k))
+    return PositionalSum(encodings)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .. import __version__, _checks
-from .._config import OUTPUTS
-from .._keys import Keys
-from .._logging import logger
-from .._write import check_path, write_atomically, write_result
-from ..model import SpaFormer
+from spaformer_sc import __version__, _checks
+from spaformer_sc._config import OUTPUTS
+from spaformer_sc._keys import Keys
+from spaformer_sc._logging import logger
+from spaformer_sc._write import check_path, write_atomically, write_result
+from spaformer_sc.model import SpaFormer
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -38,7 +38,7 @@ def impute(
     masking: str | Sequence[str] | None = "auto",
     n_latent: int | None = None,
     max_epochs: int | None = None,
-    graph: str = "knn",
+    graph: Literal["knn", "delaunay", "radius"] = "knn",
     n_neighbors: int = 6,
     radius: float | None = None,
     tile_size: int = 4000,

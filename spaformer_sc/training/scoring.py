@@ -7,7 +7,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from ..metrics import (
+from spaformer_sc.metrics import (
     deviance_explained,
     deviance_explained_per_gene,
     gene_pearson,
@@ -110,6 +110,8 @@ def held_out_scores(
     overall = {
         "gain": poisson_gain(held, rates, train, **restricted),
         "deviance_explained": deviance_explained(held, rates, train, **restricted),
-        "median_pearson": float(np.median(pearson[np.isfinite(pearson)])) if np.isfinite(pearson).any() else float("nan"),
+        "median_pearson": float(np.median(pearson[np.isfinite(pearson)]))
+        if np.isfinite(pearson).any()
+        else float("nan"),
     }
     return overall, per_gene

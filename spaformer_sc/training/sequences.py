@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data._fields import FieldOfView
-from ..nn.masking import CORRUPTIONS, Corrupted, MaskingRates, SparseCounts, depth
-from ..nn.network import Positions, Tokens, normalise
+from spaformer_sc.data._fields import FieldOfView
+from spaformer_sc.nn.masking import CORRUPTIONS, Corrupted, MaskingRates, SparseCounts, depth
+from spaformer_sc.nn.network import Positions, Tokens, normalise
 
 BUFFER_BYTES = 400 * 2**20
 """Memory for the corrupted views of the FOVs that are shuffled together."""
@@ -65,9 +65,7 @@ def sequences(
     return [FieldCounts(f, counts[f.cells], None if missing is None else ~missing[f.cells]) for f in fields]
 
 
-def neighbour_values(
-    values: Tensor, visible: Tensor | None, rings: Sequence[sp.csr_matrix]
-) -> tuple[Tensor, ...]:
+def neighbour_values(values: Tensor, visible: Tensor | None, rings: Sequence[sp.csr_matrix]) -> tuple[Tensor, ...]:
     """Mean expression over each ring of neighbours (cells, genes); hidden entries do not count in the mean.
 
     Parameters
@@ -244,7 +242,5 @@ class Sampler:
         measured = None if sequence.measured is None else torch.from_numpy(sequence.measured)
         full = sequence.sparse().dense()
         total = depth(full, measured, self.gene_share)
-        shown = view(
-            sequence, Corrupted(full, measured, full, measured, total), self.gene_share, self.target_sum
-        )
+        shown = view(sequence, Corrupted(full, measured, full, measured, total), self.gene_share, self.target_sum)
         return collate([(shown, torch.arange(len(full)))], positional=self.positional, device=self.device)

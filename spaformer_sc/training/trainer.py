@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .._logging import logger
-from ..nn.decoders import CountDecoder
-from ..nn.masking import MaskingRates
-from ..nn.network import Network
+from spaformer_sc._logging import logger
+from spaformer_sc.nn.decoders import CountDecoder
+from spaformer_sc.nn.masking import MaskingRates
+from spaformer_sc.nn.network import Network
+
 from .sequences import Batch, FieldCounts, Sampler
 
 
@@ -121,10 +122,10 @@ class WeightAverage:
         """Take one step towards the weights of ``network``; buffers are copied."""
         self.n_updates += 1
         decay = min(self.decay, self.n_updates / (self.n_updates + 10))
-        for average, value in zip(self.network.parameters(), network.parameters(), strict=True):
-            average.lerp_(value, 1 - decay)
-        for average, value in zip(self.network.buffers(), network.buffers(), strict=True):
-            average.copy_(value)
+        for mean, parameter in zip(self.network.parameters(), network.parameters(), strict=True):
+            mean.lerp_(parameter, 1 - decay)
+        for copied, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
+            copied.copy_(buffer)
 
 
 def _optimizer(network: Network, config: TrainingConfig) -> torch.optim.AdamW:
@@ -197,7 +198,8 @@ def train(
     base_rates = [group["lr"] for group in optimizer.param_groups]
     average = WeightAverage(network, config.averaging) if config.averaging else None
     kept = average.network if average else network
-    history, losses = History(), []
+    history = History()
+    losses: list[Tensor] = []
     best, best_score, since_best = copy.deepcopy(kept.state_dict()), -math.inf, 0
     step, score = 0, math.nan
 
@@ -235,7 +237,7 @@ def train(
                     going = False
                     break
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
                 optimizer.step()
                 if average:

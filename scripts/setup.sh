@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Make .venv with this package and the versions it is tested with. Arguments: extras, such as test or dev.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-python3}"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "Python 3.11 or later is needed; $python is $("$python" --version). Set PYTHON=/path/to/python3.11." >&2
+  exit 1
+}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+extras="${1:+[$1]}"
+echo "Installing spaformer_sc and what it needs into .venv (a few minutes the first time) ..." >&2
+# torch first: with the tested version in place nothing pulls in another build of it.
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"
