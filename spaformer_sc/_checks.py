@@ -397,7 +397,8 @@ def describe_empty(counts: sparse.csr_matrix) -> None:
     genes = int(counts.shape[1] - np.unique(counts.indices).size)
     if cells:
         logger.warning(
-            "%d of %d cells have no counts: their expression is imputed as 0; rates and embedding come from what is around them.",
+            "%d of %d cells have no counts: their expression is imputed as 0; rates and embedding come from what "
+            "is around them.",
             cells,
             len(counts.indptr) - 1,
         )

@@ -130,8 +130,8 @@ def run_demo(
     """Simulate, impute, compare, and save ``demo.h5ad`` and ``demo.png`` in ``folder``; return the comparison."""
     from . import datasets, tl
 
-    folder.mkdir(parents=True, exist_ok=True)
     adata = datasets.simulated_tissue(n_fovs=n_fovs, n_cells=n_cells, n_genes=n_genes, random_state=random_state)
+    folder.mkdir(parents=True, exist_ok=True)
     zeros = 1 - adata.X.nnz / (adata.n_obs * adata.n_vars)
     logger.info("simulated %d cells × %d genes in %d fields of view, %.0f%% zeros", *adata.shape, n_fovs, 100 * zeros)
     tl.impute(

@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from . import __version__
 from ._config import DECODERS, ENCODERS, GRAPHS, OUTPUTS, POSITIONAL, PRESETS, QUALITIES
+from ._write import SUFFIXES, check_path, write_atomically
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 DESCRIPTION = """\
 Fill in missing gene expression in cell-resolution spatial transcriptomics (CosMx, Xenium, MERFISH, seqFISH, STARmap).
 
-  spaformer-sc demo                                     try it on a simulated tissue
+  spaformer-sc demo                                        try it on a simulated tissue
   spaformer-sc impute in.h5ad out.h5ad --library-key fov   impute your own data
 """
 
@@ -37,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     impute = commands.add_parser(
         "impute",
         help="impute an .h5ad or .zarr file",
+        usage="%(prog)s IN OUT [--library-key COLUMN [COLUMN ...]] [options]",
         description=IMPUTE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -96,24 +103,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read(path: str) -> object:
+def _read(path: str) -> AnnData:
     import anndata
 
     source = Path(path)
+    if source.suffix not in SUFFIXES:
+        raise ValueError(f"`IN={path!r}` must end in .h5ad or .zarr.")
     if not source.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
-    if source.suffix == ".h5ad":
-        return anndata.read_h5ad(source)
-    if source.suffix == ".zarr":
-        return anndata.read_zarr(source)
-    raise ValueError(f"{path} must end in .h5ad or .zarr.")
+        raise FileNotFoundError(f"`IN={path!r}` does not exist.")
+    try:
+        return anndata.read_h5ad(source) if source.suffix == ".h5ad" else anndata.read_zarr(source)
+    except Exception as error:  # whatever a damaged file makes of h5py, zarr and anndata
+        raise ValueError(f"`IN={path!r}` cannot be read as an AnnData: {error}") from error
 
 
 def _impute(arguments: argparse.Namespace) -> None:
     from . import tl
-    from ._write import check_path, write_atomically
 
     check_path("OUT", arguments.output)
+    if Path(arguments.output).resolve() == Path(arguments.input).resolve():
+        raise ValueError(f"`OUT={arguments.output!r}` is the input file, which is not changed; choose another name.")
     adata = _read(arguments.input)
     key = arguments.library_key
     positional = arguments.positional
@@ -160,6 +169,18 @@ def _demo(arguments: argparse.Namespace) -> None:
     )
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning without the line of code that it comes from."""
+    print(f"spaformer-sc: warning: {message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -185,13 +206,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.threads < 1:
                 raise ValueError(f"--threads {arguments.threads} must be at least 1.")
             torch.set_num_threads(arguments.threads)
-        (_impute if arguments.command == "impute" else _demo)(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            (_impute if arguments.command == "impute" else _demo)(arguments)
     except (KeyError, TypeError, ValueError, OSError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"spaformer-sc: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("spaformer-sc: interrupted; nothing was written.", file=sys.stderr)
+        print("spaformer-sc: interrupted.", file=sys.stderr)
         return 130
     return 0
 

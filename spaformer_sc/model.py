@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from .data._fields import FieldOfView
-    from .nn.network import Network, NetworkConfig, Output
+    from .nn.network import Network, NetworkConfig, Output, Tokens
     from .positional import PositionalSum
     from .training.sequences import FieldCounts, Sampler
 
@@ -249,6 +249,8 @@ class SpaFormer:
         return loaded
 
     def _fit(self, loaded: Loaded, device: torch.device) -> None:
+        import torch
+
         from .data._split import gene_shares, hold_out
         from .training.sequences import sequences
         from .training.trainer import History, train
@@ -270,6 +272,8 @@ class SpaFormer:
         sampler = self._sampler(device)
         config = self._training_config()
         n_networks = self.settings.n_networks
+        draw = torch.Generator().manual_seed(derived_seed(self.random_state, "validation"))
+        validated = sampler.some_whole(data, draw)
         histories: list[History] = []
         self._networks = []
         for number in range(n_networks):
@@ -281,7 +285,7 @@ class SpaFormer:
                     data,
                     sampler,
                     config,
-                    validate=lambda net: self._validation_score(net, data, sampler, split.validation),
+                    validate=lambda net: self._validation_score(net, validated, split.validation),
                     seed=derived_seed(self.random_state, f"training {number}"),
                     progress=bar.update,
                 )
@@ -437,14 +441,14 @@ class SpaFormer:
         expression = np.zeros((n_cells, n_genes), dtype=np.float32)
         embedding = np.zeros((n_cells, self.settings.n_latent if embed else 0), dtype=np.float32)
         for sequence in data:
-            batch = sampler.whole(sequence)
+            tokens = sampler.whole(sequence)
             cells, weight = sequence.fov.cells, sequence.fov.weight[:, None]
             inside = np.flatnonzero(weight.ravel() > 0)
             with torch.inference_mode():
                 for number, network in enumerate(self._networks):
-                    result = network(batch.tokens)
+                    result = network(tokens)
                     if output is not None:
-                        block = self._scaled(network, result, batch.tokens.depth, output, target_sum).cpu().numpy()
+                        block = self._scaled(network, result, tokens.depth, output, target_sum).cpu().numpy()
                         block = block if genes is None else block[:, genes]
                         expression[cells[inside]] += block[inside] * (weight[inside] / len(self._networks))
                     if embed and number == 0:
@@ -461,7 +465,7 @@ class SpaFormer:
         return decoder.lognorm(result.decoded, depth, target_sum)
 
     def _validation_score(
-        self, network: Network, data: list[FieldCounts], sampler: Sampler, held: sp.csr_matrix
+        self, network: Network, fields: list[tuple[FieldCounts, Tokens]], held: sp.csr_matrix
     ) -> float:
         """Poisson gain over gene means, in nats per held-out transcript, of one network."""
         import torch
@@ -470,9 +474,8 @@ class SpaFormer:
 
         total = GainSum(self._shares)
         with torch.inference_mode():
-            for sequence in data:
-                result = network(sampler.whole(sequence).tokens)
-                share = network.decoder.share(result.decoded).cpu().numpy()
+            for sequence, tokens in fields:
+                share = network.decoder.share(network(tokens).decoded).cpu().numpy()
                 total.add(share, held[sequence.fov.cells], sequence.fov.own, sequence.measured)
         return total.value
 

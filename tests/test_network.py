@@ -54,14 +54,14 @@ def sampler(positional: str | None = None, **changes) -> Sampler:
     return Sampler(**{**settings, **changes})
 
 
-def join(batches) -> Tokens:
+def join(batches: list[Tokens]) -> Tokens:
     return Tokens(
-        values=tuple(torch.cat([b.tokens.values[i] for b in batches]) for i in range(3)),
-        counts=torch.cat([b.tokens.counts for b in batches]),
-        depth=torch.cat([b.tokens.depth for b in batches]),
+        values=tuple(torch.cat([b.values[i] for b in batches]) for i in range(3)),
+        counts=torch.cat([b.counts for b in batches]),
+        depth=torch.cat([b.depth for b in batches]),
         visible=None,
-        lengths=[n for b in batches for n in b.tokens.lengths],
-        positions=None if batches[0].tokens.positions is None else [p for b in batches for p in b.tokens.positions],
+        lengths=[n for b in batches for n in b.lengths],
+        positions=None if batches[0].positions is None else [p for b in batches for p in b.positions],
     )
 
 
@@ -73,7 +73,7 @@ def test_a_fov_does_not_depend_on_its_batch_mates(encoder: str, names: str | Non
     take = sampler(None if names is None else "graph" if names == "signnet" else "rows")
     alone = [take.whole(s) for s in data]
     together = net(join(alone))
-    separate = [net(b.tokens) for b in alone]
+    separate = [net(tokens) for tokens in alone]
     torch.testing.assert_close(together.latent, torch.cat([o.latent for o in separate]), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         together.decoded.expression, torch.cat([o.decoded.expression for o in separate]), rtol=1e-5, atol=1e-7
@@ -81,7 +81,7 @@ def test_a_fov_does_not_depend_on_its_batch_mates(encoder: str, names: str | Non
 
 
 def test_cells_exchange_information_only_with_attention() -> None:
-    tokens = sampler().whole(tissue()[0]).tokens
+    tokens = sampler().whole(tissue()[0])
     changed = tuple(v.clone() for v in tokens.values)
     changed[0][0] += 1.0
     moved = replace(tokens, values=changed)
@@ -93,7 +93,7 @@ def test_cells_exchange_information_only_with_attention() -> None:
 
 
 def test_permuting_the_cells_permutes_the_output() -> None:
-    tokens = sampler().whole(tissue(n_fovs=1)[0]).tokens
+    tokens = sampler().whole(tissue(n_fovs=1)[0])
     order = torch.randperm(len(tokens.depth), generator=torch.Generator().manual_seed(0))
     shuffled = replace(
         tokens,
@@ -130,7 +130,7 @@ def test_the_global_random_state_is_left_alone() -> None:
 def test_a_hidden_token_is_told_apart_from_an_empty_cell() -> None:
     net = network()
     torch.nn.init.normal_(net.hidden_token, generator=torch.Generator().manual_seed(0))
-    tokens = sampler().whole(tissue()[0]).tokens
+    tokens = sampler().whole(tissue()[0])
     visible = torch.ones_like(tokens.counts, dtype=torch.bool)
     shown = net(replace(tokens, visible=visible)).latent
     torch.testing.assert_close(shown, net(tokens).latent)
@@ -141,7 +141,7 @@ def test_a_hidden_token_is_told_apart_from_an_empty_cell() -> None:
 
 def test_variational_latent_is_sampled_in_training_only() -> None:
     net = network(variational=True, posterior=False)
-    tokens = sampler().whole(tissue()[0]).tokens
+    tokens = sampler().whole(tissue()[0])
     first, second = net(tokens), net(tokens)
     assert torch.equal(first.decoded.expression, second.decoded.expression)
     net.train()

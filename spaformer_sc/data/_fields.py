@@ -178,7 +178,8 @@ def fields_of_view(
     }
     if components > 2 * len(names):
         logger.warning(
-            "the spatial graph falls apart: %d connected components in %d fields of view; no cell sees beyond its own. Use more neighbours, or graph='knn' or 'delaunay'.",
+            "the spatial graph falls apart: %d connected components in %d fields of view; no cell sees beyond its own. "
+            "Use more neighbours, or graph='knn' or 'delaunay'.",
             components,
             len(names),
         )

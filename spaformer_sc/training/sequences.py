@@ -77,12 +77,9 @@ def neighbour_values(values: Tensor, visible: Tensor | None, rings: Sequence[sp.
     rings
         Row-normalised averaging matrices (cells, cells).
     """
-    if not rings:
-        return ()
-    matrix = sp.csr_matrix(values.numpy())
     means = []
     for ring in rings:
-        mean = (ring @ matrix).toarray()
+        mean = ring @ values.numpy()
         if visible is not None:
             seen = ring @ visible.numpy().astype(np.float32)
             np.divide(mean, seen, out=mean, where=seen > 1e-6)
@@ -206,7 +203,7 @@ class Sampler:
         group: list[FieldCounts] = []
         size = 0
         for sequence in data:
-            cost = sequence.counts.shape[0] * sequence.counts.shape[1] * 4 * (3 + len(sequence.fov.rings))
+            cost = self._cost(sequence)
             if group and size + cost > self.buffer_bytes:
                 yield group
                 group, size = [], 0
@@ -237,10 +234,38 @@ class Sampler:
                 yield collate(batch, positional=self.positional, device=self.device)
                 batch, size = [], 0
 
-    def whole(self, sequence: FieldCounts) -> Batch:
-        """Return one FOV as a batch with nothing hidden, for prediction."""
+    def whole(self, sequence: FieldCounts) -> Tokens:
+        """Return all cells of one FOV as tokens with nothing hidden, for prediction."""
         measured = None if sequence.measured is None else torch.from_numpy(sequence.measured)
-        full = sequence.sparse().dense()
-        total = depth(full, measured, self.gene_share)
-        shown = view(sequence, Corrupted(full, measured, full, measured, total), self.gene_share, self.target_sum)
-        return collate([(shown, torch.arange(len(full)))], positional=self.positional, device=self.device)
+        counts = sequence.sparse().dense()
+        seen = depth(counts, measured, self.gene_share)
+        values = normalise(counts, seen, self.target_sum)
+        around = neighbour_values(values, measured, sequence.fov.rings)
+        every = torch.arange(len(counts))
+        return Tokens(
+            values=tuple(v.to(self.device) for v in (values, *around)),
+            counts=counts.to(self.device),
+            depth=seen.to(self.device),
+            visible=None if measured is None else measured.to(self.device),
+            lengths=[len(counts)],
+            positions=None
+            if self.positional is None
+            else [_positions(sequence.fov, every, self.positional, self.device)],
+        )
+
+    def some_whole(self, data: Sequence[FieldCounts], generator: torch.Generator) -> list[tuple[FieldCounts, Tokens]]:
+        """Whole FOVs, drawn at random until the buffer is full; at least one."""
+        chosen: list[tuple[FieldCounts, Tokens]] = []
+        size = 0
+        for i in torch.randperm(len(data), generator=generator).tolist():
+            size += self._cost(data[i])
+            if chosen and size > self.buffer_bytes:
+                break
+            chosen.append((data[i], self.whole(data[i])))
+        return chosen
+
+    @staticmethod
+    def _cost(sequence: FieldCounts) -> int:
+        """Bytes of a corrupted view: dense float32 matrices of the input, the rings, the counts and the target."""
+        n_cells, n_genes = sequence.counts.shape
+        return int(n_cells * n_genes) * 4 * (3 + len(sequence.fov.rings))
