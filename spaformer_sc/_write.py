@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ._files import replacing
 from ._keys import Keys
 from ._logging import logger
 
@@ -118,52 +117,8 @@ def write_atomically(adata: AnnData, path: str | os.PathLike[str]) -> None:
     path
         File (``.h5ad``) or store (``.zarr``).
     """
-    target = Path(path).absolute()
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        fresh = staging / target.name
-        shell = _shell(adata)
-        if target.suffix == ".h5ad":
-            shell.write_h5ad(fresh, compression="gzip", compression_opts=1)
-            with open(fresh, "rb") as handle:
-                os.fsync(handle.fileno())
+    with replacing(path) as fresh:
+        if Path(path).suffix == ".h5ad":
+            adata.write_h5ad(fresh, compression="gzip", compression_opts=1)
         else:
-            with warnings.catch_warnings():
-                # anndata announces its next default for every store that it writes.
-                warnings.filterwarnings("ignore", "Writing zarr v2 data will no longer be the default", UserWarning)
-                shell.write_zarr(fresh)
-        if target.is_dir():
-            # A folder cannot be replaced in one step: the old store steps aside, and comes back if the new one fails.
-            old = staging / "old"
-            try:
-                os.replace(target, old)
-                os.replace(fresh, target)
-            except BaseException:
-                if old.exists() and not target.exists():
-                    os.replace(old, target)
-                raise
-        else:
-            os.replace(fresh, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _shell(adata: AnnData) -> AnnData:
-    """Return an AnnData of the same arrays for anndata to write.
-
-    Writing turns text columns of ``obs``, ``var`` and ``raw.var`` into categorical ones, and lets a backed AnnData
-    point at the file just written.
-    """
-    from anndata import AnnData
-
-    raw = adata.raw
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* names are not unique", UserWarning)
-        return AnnData(
-            X=adata.X,
-            obs=adata.obs.copy(),
-            var=adata.var.copy(),
-            uns=dict(adata.uns),
-            **{slot: dict(getattr(adata, slot)) for slot in ("layers", "obsm", "varm", "obsp", "varp")},
-            raw=None if raw is None else {"X": raw.X, "var": raw.var.copy(), "varm": dict(raw.varm)},
-        )
+            adata.write_zarr(fresh)

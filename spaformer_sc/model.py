@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
-import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,6 +16,7 @@ from numpy.typing import NDArray
 from . import __version__, _checks
 from ._config import GRAPHS, OUTPUTS, Settings, resolve
 from ._logging import logger
+from ._saved import read_model, write_model
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +26,6 @@ if TYPE_CHECKING:
     from .nn.network import Network, NetworkConfig, Output, Tokens
     from .positional import PositionalSum
     from .training.sequences import FieldCounts, Sampler
-
-SCHEMA = 1
-"""Version of the format of saved models."""
 
 VALIDATION_SHARE = 0.05
 """Share of the transcripts that decides when training stops."""
@@ -252,6 +245,7 @@ class SpaFormer:
         import torch
 
         from .data._split import gene_shares, hold_out
+        from .training.progress import ProgressBar
         from .training.sequences import sequences
         from .training.trainer import History, train
 
@@ -279,7 +273,7 @@ class SpaFormer:
         for number in range(n_networks):
             network = self._new_network(number).to(device)
             label = "training" if n_networks == 1 else f"training {number + 1}/{n_networks}"
-            with _Progress(label, self.progress) as bar:
+            with ProgressBar(label, self.progress) as bar:
                 trained, history = train(
                     network,
                     data,
@@ -678,18 +672,9 @@ class SpaFormer:
         FileExistsError
             If ``path`` exists and ``overwrite`` is False, or is not a saved model.
         """
-        from safetensors.torch import save_file
-
         if self.var_names is None:
             raise ValueError("this SpaFormer is not fitted; there is nothing to save.")
-        target = Path(path)
-        if target.exists() and not overwrite:
-            raise FileExistsError(f"{target} exists; pass overwrite=True to replace it.")
-        if target.exists() and not (target / "model.json").is_file():
-            raise FileExistsError(f"{target} is not a saved model, so it is not replaced; choose another path.")
         description = {
-            "format": "spaformer_sc",
-            "schema": SCHEMA,
             "version": __version__,
             "settings": self.settings.to_dict(),
             "keys": vars(self.keys),
@@ -708,21 +693,7 @@ class SpaFormer:
         for number, network in enumerate(self._networks):
             for name, tensor in network.state_dict().items():
                 weights[f"networks.{number}.{name}"] = tensor.detach().cpu().contiguous()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            (staging / "model.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
-            save_file(weights, staging / "weights.safetensors")
-            staging.chmod(0o755)
-            if target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-                os.replace(target, old / "model")
-                os.replace(staging, target)
-                shutil.rmtree(old)
-            else:
-                os.replace(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        write_model(path, description, weights, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: str = "auto", progress: bool = True) -> SpaFormer:
@@ -742,22 +713,8 @@ class SpaFormer:
         ValueError
             If it is not a saved model, is damaged, or was written by a newer version.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(path)
-        if not (folder / "model.json").is_file() or not (folder / "weights.safetensors").is_file():
-            raise FileNotFoundError(f"{folder} holds no saved model (model.json and weights.safetensors).")
+        description, weights = read_model(path)
         try:
-            description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-            if not isinstance(description, dict) or description.get("format") != "spaformer_sc":
-                raise ValueError(f"{folder / 'model.json'} does not describe a spaformer_sc model.")
-            if description["schema"] > SCHEMA:
-                raise ValueError(
-                    f"{folder} was written in a newer format, by spaformer_sc {description['version']}; update the "
-                    "package."
-                )
-            weights = load_file(folder / "weights.safetensors")
             graph = description["graph"]
             model = cls(
                 graph=graph["method"],
@@ -786,10 +743,10 @@ class SpaFormer:
                 )
                 model._networks.append(network.to(target).eval())
             if weights or len(names) != len(model._gene_share):
-                raise ValueError(f"{folder} holds weights that its description does not account for.")
+                raise ValueError("it holds weights that its description does not account for")
             model.var_names = names
-        except (KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, UnicodeDecodeError) as error:
-            raise ValueError(f"{folder} is damaged or not a saved model: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{os.fspath(path)} is damaged or not a saved model: {error}") from error
         return model
 
 
@@ -811,33 +768,6 @@ def resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"`device={device!r}` cannot be used here ({error}); 'auto' and 'cpu' always can.") from error
     return found
-
-
-class _Progress:
-    """Progress bar over training steps, with the validation score; silent if not enabled."""
-
-    def __init__(self, label: str, enabled: bool) -> None:
-        self._label, self._enabled = label, enabled
-        self._bar: Any = None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def update(self, step: int, n_steps: int, score: float) -> None:
-        """Move to ``step`` of ``n_steps``."""
-        if self._bar is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # tqdm's advice on ipywidgets
-                from tqdm.auto import tqdm
-
-            self._bar = tqdm(total=n_steps, desc=self._label, unit="step", disable=not self._enabled, leave=True)
-        self._bar.update(step - self._bar.n)
-        if not np.isnan(score):
-            self._bar.set_postfix_str(f"held-out gain {score:.3f}", refresh=False)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _as_key(library_key: str | Sequence[str] | None) -> str | list[str] | None:

@@ -1,0 +1,44 @@
+"""Writing to disk so that either the old file or the whole new one is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a path beside the target to write a file or folder to; put it in the target's place when all went well.
+
+    On any error, and on an interrupt, the target stays as it was and what was written so far is removed.
+
+    Parameters
+    ----------
+    path
+        The file or folder to replace or to make.
+    """
+    target = Path(path).absolute()
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        fresh = staging / target.name
+        yield fresh
+        for file in [fresh] if fresh.is_file() else sorted(p for p in fresh.rglob("*") if p.is_file()):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if target.is_dir():
+            # A folder cannot be replaced in one step: the old one steps aside, and comes back if the new one fails.
+            old = staging / "old"
+            os.replace(target, old)
+            try:
+                os.replace(fresh, target)
+            except BaseException:
+                os.replace(old, target)
+                raise
+        else:
+            os.replace(fresh, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
