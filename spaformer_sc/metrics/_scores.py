@@ -42,25 +42,34 @@ def _check_shapes(expected: tuple[int, int], name: str, **others: Matrix) -> Non
             raise ValueError(f"`{other}` has shape {matrix.shape}, but `{name}` has shape {expected}; they must agree.")
 
 
-def _floored(shares: _FloatArray, floor: float) -> _FloatArray:
+def _floored(shares: _FloatArray, floor: float, measured: NDArray[np.bool_] | None = None) -> _FloatArray:
     floored: _FloatArray = np.maximum(shares, floor)
+    if measured is not None:
+        floored *= measured
     floored /= floored.sum(axis=-1, keepdims=True)
     return floored
 
 
-def _poisson_sums(held: Matrix, rates: Matrix, train: Matrix, floor: float) -> _PoissonSums:
+def _poisson_sums(
+    held: Matrix, rates: Matrix, train: Matrix, floor: float, measured: NDArray[np.bool_] | None
+) -> _PoissonSums:
     held, train, rates = as_counts(held, "held"), as_counts(train, "train"), _sliceable(rates, "rates")
     _check_shapes(held.shape, "held", rates=rates, train=train)
     n_genes = held.shape[1]
     if not 0 < floor <= 1 / n_genes:
         raise ValueError(f"`floor={floor!r}` has to be positive and at most 1 / number of genes ({1 / n_genes:g}).")
+    if measured is not None:
+        _check_shapes(held.shape, "held", measured=measured)
+        if (held.nnz and not measured[held.nonzero()].all()) or (train.nnz and not measured[train.nonzero()].all()):
+            raise ValueError("`held` or `train` hold counts where `measured` is False; set these to zero first.")
     library = np.asarray(train.sum(axis=1, dtype=np.float64)).ravel()
     if not library.any():
         raise ValueError("`train` holds no counts; there is nothing that predicted rates could be scaled to.")
     scored = library > 0
     held_library = np.asarray(held.sum(axis=1, dtype=np.float64)).ravel()
     depth = library * held_library[scored].sum() / library.sum()
-    null = _floored(np.asarray(train.sum(axis=0, dtype=np.float64)).ravel() / library.sum(), floor)
+    exposure = library.sum() if measured is None else np.maximum(library @ measured, np.finfo(np.float64).tiny)
+    null = _floored(np.asarray(train.sum(axis=0, dtype=np.float64)).ravel() / exposure, floor)
 
     gain, total, null_deviance = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes)
     for rows in row_blocks(held.shape):
@@ -69,26 +78,35 @@ def _poisson_sums(held: Matrix, rates: Matrix, train: Matrix, floor: float) -> _
             raise ValueError("`rates` hold NaN or infinite values; a score needs a prediction for every entry.")
         if (shares < 0).any():
             raise ValueError(f"`rates` hold negative values (smallest: {shares.min():g}); set them to zero first.")
+        seen = None if measured is None else measured[rows]
+        shares = shares if seen is None else shares * seen
         sums = shares.sum(axis=1, keepdims=True)
-        shares = _floored(np.divide(shares, sums, out=np.zeros_like(shares), where=sums > 0), floor)
+        shares = _floored(np.divide(shares, sums, out=np.zeros_like(shares), where=sums > 0), floor, seen)
+        means = np.broadcast_to(null, shares.shape) if seen is None else _floored(null[None], floor, seen)
 
         counts = held[rows].tocoo()
         inside = scored[rows][counts.row]
         cell, gene, x = counts.row[inside], counts.col[inside], counts.data[inside].astype(np.float64)
         block_depth = depth[rows]
-        excess = block_depth @ shares - block_depth.sum() * null
-        log_ratio = np.log(shares[cell, gene] / null[gene])
+        null_total = block_depth @ means
+        excess = block_depth @ shares - null_total
+        log_ratio = np.log(shares[cell, gene] / means[cell, gene])
         block_total = np.bincount(gene, weights=x, minlength=n_genes)
-        log_residual = x * np.log(x / (block_depth[cell] * null[gene]))
+        log_residual = x * np.log(x / (block_depth[cell] * means[cell, gene]))
         gain += np.bincount(gene, weights=x * log_ratio, minlength=n_genes) - excess
         total += block_total
-        null_deviance += 2 * (
-            np.bincount(gene, weights=log_residual, minlength=n_genes) - block_total + block_depth.sum() * null
-        )
+        null_deviance += 2 * (np.bincount(gene, weights=log_residual, minlength=n_genes) - block_total + null_total)
     return _PoissonSums(gain=gain, held=total, null_deviance=null_deviance)
 
 
-def poisson_gain(held: Matrix, rates: Matrix, train: Matrix, floor: float = 1e-8) -> float:
+def poisson_gain(
+    held: Matrix,
+    rates: Matrix,
+    train: Matrix,
+    floor: float = 1e-8,
+    *,
+    measured: NDArray[np.bool_] | None = None,
+) -> float:
     r"""Poisson log-likelihood of held-out counts, as gain over library size × gene mean.
 
     With :math:`r_{ig}` the predicted rates, :math:`y` the training counts and :math:`x` the held counts,
@@ -118,6 +136,9 @@ def poisson_gain(held: Matrix, rates: Matrix, train: Matrix, floor: float = 1e-8
     floor
         Smallest share of a cell's counts that a gene can be predicted to have, before shares are made to sum to one;
         positive, at most 1 / number of genes.
+    measured
+        Which entries were measured, cells × genes; None for all. Shares, predicted and of the gene means, then sum to
+        one over the measured genes of each cell.
 
     Returns
     -------
@@ -134,12 +155,19 @@ def poisson_gain(held: Matrix, rates: Matrix, train: Matrix, floor: float = 1e-8
     Batson, Royer and Webber (2019), "Molecular cross-validation for single-cell RNA-seq", bioRxiv 786269
     (Poisson loss).
     """
-    sums = _poisson_sums(held, rates, train, floor)
+    sums = _poisson_sums(held, rates, train, floor, measured)
     total = sums.held.sum()
     return float(sums.gain.sum() / total) if total > 0 else float("nan")
 
 
-def poisson_gain_per_gene(held: Matrix, rates: Matrix, train: Matrix, floor: float = 1e-8) -> _FloatArray:
+def poisson_gain_per_gene(
+    held: Matrix,
+    rates: Matrix,
+    train: Matrix,
+    floor: float = 1e-8,
+    *,
+    measured: NDArray[np.bool_] | None = None,
+) -> _FloatArray:
     """Poisson log-likelihood gain of each gene over library size × gene mean.
 
     The sums of :func:`poisson_gain` taken gene by gene; their mean weighted by the held counts of the genes is the
@@ -153,7 +181,7 @@ def poisson_gain_per_gene(held: Matrix, rates: Matrix, train: Matrix, floor: flo
         Prediction, cells × genes, dense or sparse, as in :func:`poisson_gain`.
     train
         Counts that the prediction was made from, cells × genes, dense or sparse.
-    floor
+    floor, measured
         As in :func:`poisson_gain`.
 
     Returns
@@ -165,11 +193,18 @@ def poisson_gain_per_gene(held: Matrix, rates: Matrix, train: Matrix, floor: flo
     TypeError, ValueError
         As :func:`poisson_gain`.
     """
-    sums = _poisson_sums(held, rates, train, floor)
+    sums = _poisson_sums(held, rates, train, floor, measured)
     return np.divide(sums.gain, sums.held, out=np.full_like(sums.gain, np.nan), where=sums.held > 0)
 
 
-def deviance_explained(held: Matrix, rates: Matrix, train: Matrix, floor: float = 1e-8) -> float:
+def deviance_explained(
+    held: Matrix,
+    rates: Matrix,
+    train: Matrix,
+    floor: float = 1e-8,
+    *,
+    measured: NDArray[np.bool_] | None = None,
+) -> float:
     r"""Share of the Poisson deviance of the gene mean that a prediction explains.
 
     :math:`1 - D(m) / D(m^0)` with :math:`D(m) = 2 \sum_{ig} [x_{ig} \log(x_{ig} / m_{ig}) - (x_{ig} - m_{ig})]` and
@@ -184,7 +219,7 @@ def deviance_explained(held: Matrix, rates: Matrix, train: Matrix, floor: float 
         Prediction, cells × genes, dense or sparse, as in :func:`poisson_gain`.
     train
         Counts that the prediction was made from, cells × genes, dense or sparse.
-    floor
+    floor, measured
         As in :func:`poisson_gain`.
 
     Returns
@@ -200,12 +235,19 @@ def deviance_explained(held: Matrix, rates: Matrix, train: Matrix, floor: float 
     ----------
     McCullagh and Nelder (1989), "Generalized Linear Models", section 2.3 (deviance).
     """
-    sums = _poisson_sums(held, rates, train, floor)
+    sums = _poisson_sums(held, rates, train, floor, measured)
     deviance = sums.null_deviance.sum()
     return float(2 * sums.gain.sum() / deviance) if sums.held.any() and deviance > 0 else float("nan")
 
 
-def deviance_explained_per_gene(held: Matrix, rates: Matrix, train: Matrix, floor: float = 1e-8) -> _FloatArray:
+def deviance_explained_per_gene(
+    held: Matrix,
+    rates: Matrix,
+    train: Matrix,
+    floor: float = 1e-8,
+    *,
+    measured: NDArray[np.bool_] | None = None,
+) -> _FloatArray:
     """Share of the Poisson deviance of the gene mean that a prediction explains, for each gene.
 
     Parameters
@@ -216,7 +258,7 @@ def deviance_explained_per_gene(held: Matrix, rates: Matrix, train: Matrix, floo
         Prediction, cells × genes, dense or sparse, as in :func:`poisson_gain`.
     train
         Counts that the prediction was made from, cells × genes, dense or sparse.
-    floor
+    floor, measured
         As in :func:`poisson_gain`.
 
     Returns
@@ -228,7 +270,7 @@ def deviance_explained_per_gene(held: Matrix, rates: Matrix, train: Matrix, floo
     TypeError, ValueError
         As :func:`poisson_gain`.
     """
-    sums = _poisson_sums(held, rates, train, floor)
+    sums = _poisson_sums(held, rates, train, floor, measured)
     defined = (sums.held > 0) & (sums.null_deviance > 0)
     return np.divide(2 * sums.gain, sums.null_deviance, out=np.full_like(sums.gain, np.nan), where=defined)
 

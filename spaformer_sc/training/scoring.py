@@ -96,20 +96,19 @@ def held_out_scores(
     ``median_pearson`` (over genes); and a data frame with ``pearson``, ``deviance_explained`` and ``gain`` per gene.
     """
     measured = None if missing is None else ~missing
-    restricted = {} if measured is None else {"measured": measured}
     library = np.asarray(train.sum(axis=1)).ravel().astype(np.float32)
     expected = rates * (library * (held.sum() / max(train.sum(), 1.0)))[:, None]
     per_gene = pd.DataFrame(
         {
             "pearson": gene_pearson(held, expected, mask=measured),
-            "deviance_explained": deviance_explained_per_gene(held, rates, train, **restricted),
-            "gain": poisson_gain_per_gene(held, rates, train, **restricted),
+            "deviance_explained": deviance_explained_per_gene(held, rates, train, measured=measured),
+            "gain": poisson_gain_per_gene(held, rates, train, measured=measured),
         }
     )
     pearson = per_gene["pearson"].to_numpy()
     overall = {
-        "gain": poisson_gain(held, rates, train, **restricted),
-        "deviance_explained": deviance_explained(held, rates, train, **restricted),
+        "gain": poisson_gain(held, rates, train, measured=measured),
+        "deviance_explained": deviance_explained(held, rates, train, measured=measured),
         "median_pearson": float(np.median(pearson[np.isfinite(pearson)]))
         if np.isfinite(pearson).any()
         else float("nan"),
