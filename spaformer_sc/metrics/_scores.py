@@ -45,8 +45,8 @@ def _check_shapes(expected: tuple[int, int], name: str, **others: Matrix) -> Non
 def _floored(shares: _FloatArray, floor: float, measured: NDArray[np.bool_] | None = None) -> _FloatArray:
     floored: _FloatArray = np.maximum(shares, floor)
     if measured is not None:
-        floored *= measured
-    floored /= floored.sum(axis=-1, keepdims=True)
+        floored = floored * measured
+    floored /= np.maximum(floored.sum(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
     return floored
 
 
