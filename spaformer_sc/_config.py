@@ -22,7 +22,7 @@ POSITIONAL = ("laplacian", "signnet")
 class Training:
     """Choices of the training loop; see :class:`spaformer_sc.training.trainer.TrainingConfig`."""
 
-    n_steps: int = 1500
+    n_steps: int = 2000
     max_epochs: int | None = None
     tokens_per_step: int | None = 512
     learning_rate: float = 2e-3

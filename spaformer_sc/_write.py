@@ -117,8 +117,33 @@ def write_atomically(adata: AnnData, path: str | os.PathLike[str]) -> None:
     path
         File (``.h5ad``) or store (``.zarr``).
     """
+    shell = _shell(adata)
     with replacing(path) as fresh:
         if Path(path).suffix == ".h5ad":
-            adata.write_h5ad(fresh, compression="gzip", compression_opts=1)
+            shell.write_h5ad(fresh, compression="gzip", compression_opts=1)
         else:
-            adata.write_zarr(fresh)
+            with warnings.catch_warnings():
+                # anndata announces its next default for every store that it writes.
+                warnings.filterwarnings("ignore", "Writing zarr v2 data will no longer be the default", UserWarning)
+                shell.write_zarr(fresh)
+
+
+def _shell(adata: AnnData) -> AnnData:
+    """Return an AnnData of the same arrays for anndata to write.
+
+    Writing turns text columns of ``obs``, ``var`` and ``raw.var`` into categorical ones, and lets a backed AnnData
+    point at the file just written.
+    """
+    from anndata import AnnData
+
+    raw = adata.raw
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* names are not unique", UserWarning)
+        return AnnData(
+            X=adata.X,
+            obs=adata.obs.copy(),
+            var=adata.var.copy(),
+            uns=dict(adata.uns),
+            **{slot: dict(getattr(adata, slot)) for slot in ("layers", "obsm", "varm", "obsp", "varp")},
+            raw=None if raw is None else {"X": raw.X, "var": raw.var.copy(), "varm": dict(raw.varm)},
+        )

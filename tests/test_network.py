@@ -33,6 +33,14 @@ def network(**changes) -> Network:
     return Network(replace(CONFIG, **changes), gene_share=share, positional=positional, seeds=seeds).eval()
 
 
+def awake(net: Network) -> Network:
+    """Give attention, which starts at 0, some weight."""
+    for layer in net.encoder.layers:
+        if layer.attention is not None:
+            torch.nn.init.normal_(layer.attention.out.weight, generator=torch.Generator().manual_seed(0))
+    return net
+
+
 def tissue(n: int = 90, n_fovs: int = 3, names: str | None = None):
     rng = np.random.default_rng(0)
     counts = sp.csr_matrix(rng.poisson(1.5, (n, G)).astype(np.float32))
@@ -69,7 +77,7 @@ def join(batches: list[Tokens]) -> Tokens:
 @pytest.mark.parametrize("names", [None, "laplacian", "signnet"])
 def test_a_fov_does_not_depend_on_its_batch_mates(encoder: str, names: str | None) -> None:
     data = tissue(names=names)
-    net = network(encoder=encoder, positional=names)
+    net = awake(network(encoder=encoder, positional=names))
     take = sampler(None if names is None else "graph" if names == "signnet" else "rows")
     alone = [take.whole(s) for s in data]
     together = net(join(alone))
@@ -86,7 +94,7 @@ def test_cells_exchange_information_only_with_attention() -> None:
     changed[0][0] += 1.0
     moved = replace(tokens, values=changed)
     for encoder, exchanges in (("performer", True), ("exact", True), ("mlp", False)):
-        net = network(encoder=encoder)
+        net = awake(network(encoder=encoder))
         difference = (net(moved).latent - net(tokens).latent).abs().amax(1)
         assert float(difference[0].detach()) > 1e-3
         assert bool((difference[1:] > 1e-7).any()) == exchanges
@@ -101,7 +109,7 @@ def test_permuting_the_cells_permutes_the_output() -> None:
         counts=tokens.counts[order],
         depth=tokens.depth[order],
     )
-    net = network()
+    net = awake(network())
     torch.testing.assert_close(net(shuffled).latent, net(tokens).latent[order], rtol=1e-5, atol=1e-5)
 
 
@@ -203,3 +211,10 @@ def test_the_loss_of_a_masked_batch_counts_hidden_entries_only() -> None:
     torch.testing.assert_close(loss, want)
     spoiled = replace(batch, target=torch.where(batch.asked, batch.target, batch.target + 5))
     torch.testing.assert_close(batch_loss(net, spoiled, 1.0, torch.Generator()), want)
+
+
+def test_attention_starts_as_if_it_were_not_there() -> None:
+    tokens = sampler().whole(tissue()[0])
+    without = network(encoder="mlp")(tokens)
+    for encoder in ("performer", "exact"):
+        assert torch.equal(network(encoder=encoder)(tokens).latent, without.latent)

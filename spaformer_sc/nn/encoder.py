@@ -39,6 +39,10 @@ class EncoderLayer(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.attention = None if kind == "mlp" else ATTENTION[kind](dim, n_heads)
+            if self.attention is not None:
+                # Every layer starts as the one without attention, which then has to earn its place.
+                nn.init.zeros_(self.attention.out.weight)
+                nn.init.zeros_(self.attention.out.bias)
         self.attention_norm = None if kind == "mlp" else nn.LayerNorm(dim)
         self.feedforward_norm = nn.LayerNorm(dim)
         self.feedforward = nn.Sequential(

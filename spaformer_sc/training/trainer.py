@@ -53,7 +53,7 @@ class TrainingConfig:
     """
 
     max_epochs: int | None = None
-    n_steps: int = 1500
+    n_steps: int = 2000
     tokens_per_step: int | None = 512
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
@@ -141,7 +141,7 @@ def _optimizer(network: Network, config: TrainingConfig) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": config.weight_decay, "lr": config.learning_rate},
         {"params": plain, "weight_decay": 0.0, "lr": config.learning_rate},
         # Live on a logarithmic scale and have far to go.
-        {"params": concentrations, "weight_decay": 0.0, "lr": 5 * config.learning_rate},
+        {"params": concentrations, "weight_decay": 0.0, "lr": 10 * config.learning_rate},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98))
 
