@@ -20,7 +20,37 @@ POSITIONAL = ("laplacian", "signnet")
 
 @dataclass(frozen=True)
 class Training:
-    """Choices of the training loop; see :class:`spaformer_sc.training.trainer.TrainingConfig`."""
+    """How a network is trained.
+
+    Attributes
+    ----------
+    n_steps
+        Optimiser steps when ``max_epochs`` is None; does not depend on how the tissue was cut into FOVs.
+    max_epochs
+        Passes over all cells; None for as many as make ``n_steps``.
+    tokens_per_step
+        Cells in a step; None for one whole FOV a step.
+    learning_rate, weight_decay
+        Of AdamW (Loshchilov and Hutter 2019); no decay on biases, norms and per-gene parameters.
+    schedule
+        ``"cosine"`` (down to 0 at the last step) or ``"constant"``, both after a linear warm-up.
+    warmup_steps
+        Steps over which the learning rate grows; at most a tenth of all steps.
+    clip_norm
+        Largest norm of the gradient.
+    averaging
+        Decay of the exponential moving average of the weights; 0 for none. The average is what is validated and kept.
+    patience
+        Validations without improvement after which training stops.
+    n_validations
+        Validations over a full training.
+    redraw_every
+        Steps between draws of new random features of the attention.
+    masked_tokens, masked_features
+        Share of the cells, and of the genes on them, that masking hides.
+    thinning
+        Range of the probability that a transcript stays visible under thinning; drawn anew for each FOV and epoch.
+    """
 
     n_steps: int = 2000
     max_epochs: int | None = None
@@ -28,9 +58,15 @@ class Training:
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     schedule: str = "cosine"
+    warmup_steps: int = 100
+    clip_norm: float = 1.0
     averaging: float = 0.99
+    patience: int = 6
+    n_validations: int = 25
+    redraw_every: int = 100
     masked_tokens: float = 0.5
     masked_features: float = 0.5
+    thinning: tuple[float, float] = (0.3, 0.7)
 
 
 @dataclass(frozen=True)
@@ -79,13 +115,15 @@ class Settings:
         """Nested dictionary of numbers, strings, booleans, lists and None."""
         plain = asdict(self)
         plain["positional"], plain["masking"] = list(self.positional), list(self.masking)
+        plain["training"]["thinning"] = list(self.training.thinning)
         return plain
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Settings:
         """Inverse of :meth:`to_dict`."""
         values = dict(plain)
-        values["training"] = Training(**values["training"])
+        training = dict(values["training"])
+        values["training"] = Training(**{**training, "thinning": tuple(training["thinning"])})
         values["positional"], values["masking"] = tuple(values["positional"]), tuple(values["masking"])
         return cls(**values)
 

@@ -65,16 +65,16 @@ def compare_with_truth(
     return pd.DataFrame(rows).T
 
 
-def example_genes(truth: NDArray[np.floating[Any]]) -> list[int]:
-    """Columns of a gene of high, of middle and of low abundance: of each fifth, the one that varies most over cells."""
-    mean = truth.mean(axis=0)
-    variation = truth.std(axis=0) / np.maximum(mean, 1e-12)
-    order = np.argsort(mean)
-    tiers = [
-        order[int(lo * len(order)) : max(int(hi * len(order)), int(lo * len(order)) + 1)]
-        for lo, hi in ((0.8, 1.0), (0.4, 0.6), (0.1, 0.3))
-    ]
-    return [int(tier[np.argmax(variation[tier])]) for tier in tiers]
+def example_genes(truth: NDArray[np.floating[Any]], target_sum: float) -> list[int]:
+    """Columns of a gene of high, middle and low abundance: of a fifth of the genes each, the one that varies most."""
+    order = np.argsort(truth.mean(axis=0))
+    variation = np.log1p(truth * target_sum).std(axis=0)
+    genes = []
+    for low in (0.8, 0.4, 0.1):
+        start = int(low * len(order))
+        tier = order[start : max(start + 1, int((low + 0.2) * len(order)))]
+        genes.append(int(tier[np.argmax(variation[tier])]))
+    return genes
 
 
 def draw(adata: AnnData, genes: list[int], imputed: NDArray[np.floating[Any]], target_sum: float, path: Path) -> None:
@@ -84,10 +84,10 @@ def draw(adata: AnnData, genes: list[int], imputed: NDArray[np.floating[Any]], t
 
     library = np.maximum(np.asarray(adata.X.sum(axis=1)).ravel(), 1.0)
     place = adata.obsm["spatial"]
-    figure = Figure(figsize=(10.5, 3.1 * len(genes)), layout="constrained")
+    figure = Figure(figsize=(12, 2.9 * len(genes)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(genes), 3, squeeze=False)
-    size = float(np.clip(9000 / adata.n_obs, 0.6, 12))
+    size = float(np.clip(20000 / adata.n_obs, 0.6, 20))
     for row, gene, tier in zip(axes, genes, ("high", "middle", "low")):
         observed = np.asarray(adata.X[:, gene].todense()).ravel()
         columns = {
@@ -146,7 +146,7 @@ def run_demo(
     share = adata.layers["spaformer"] / target_sum
     truth = adata.layers["true_rate"]
     table = compare_with_truth(truth, {**baselines(adata), "spaformer_sc": share}, target_sum)
-    genes = example_genes(truth)
+    genes = example_genes(truth, target_sum)
     draw(adata, genes, share, target_sum, folder / "demo.png")
     write_atomically(adata, folder / "demo.h5ad")
     print("Agreement with the simulated truth (cells × genes):\n")

@@ -264,7 +264,6 @@ class SpaFormer:
         self.graph_summary = loaded.graph_summary
         data = sequences(loaded.fields, split.train, loaded.missing)
         sampler = self._sampler(device)
-        config = self._training_config()
         n_networks = self.settings.n_networks
         draw = torch.Generator().manual_seed(derived_seed(self.random_state, "validation"))
         validated = sampler.some_whole(data, draw)
@@ -278,7 +277,7 @@ class SpaFormer:
                     network,
                     data,
                     sampler,
-                    config,
+                    self.settings.training,
                     validate=lambda net: self._validation_score(net, validated, split.validation),
                     seed=derived_seed(self.random_state, f"training {number}"),
                     progress=bar.update,
@@ -616,24 +615,11 @@ class SpaFormer:
         return Sampler(
             tokens_per_step=s.training.tokens_per_step,
             corruptions=s.masking,
-            rates=MaskingRates(tokens=s.training.masked_tokens, features=s.training.masked_features),
+            rates=MaskingRates(s.training.masked_tokens, s.training.masked_features, s.training.thinning),
             gene_share=torch.from_numpy(self._shares),
             target_sum=self._model_sum,
             positional=None if module is None else "graph" if module.needs_graph else "rows",
             device=device,
-        )
-
-    def _training_config(self) -> Any:
-        from .training.trainer import TrainingConfig
-
-        t = self.settings.training
-        return TrainingConfig(
-            max_epochs=t.max_epochs,
-            n_steps=t.n_steps,
-            learning_rate=t.learning_rate,
-            weight_decay=t.weight_decay,
-            schedule=t.schedule,
-            averaging=t.averaging,
         )
 
     def parameters(self) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from spaformer_sc._config import Training
 from spaformer_sc.data._split import gene_shares, hold_out
 from spaformer_sc.metrics import poisson_gain
 from spaformer_sc.training import trainer
 from spaformer_sc.training.scoring import GainSum
-from spaformer_sc.training.trainer import TrainingConfig, WeightAverage, learning_rate_factor, train
+from spaformer_sc.training.trainer import WeightAverage, learning_rate_factor, train
 from tests.test_network import network, sampler, tissue
 
 
@@ -23,7 +24,7 @@ def silent(step: int, n_steps: int, score: float) -> None:
     pass
 
 
-def run(config: TrainingConfig, validate, seed: int = 0, **changes):
+def run(config: Training, validate, seed: int = 0, **changes):
     return train(network(**changes), tissue(), sampler(), config, validate=validate, seed=seed, progress=silent)
 
 
@@ -87,7 +88,7 @@ def test_training_stops_after_patience_and_keeps_the_best_weights() -> None:
         seen.append({k: v.clone() for k, v in net.state_dict().items()})
         return next(scores)
 
-    config = TrainingConfig(max_epochs=50, patience=3, n_validations=50)
+    config = Training(max_epochs=50, patience=3, n_validations=50)
     best, history = run(config, validate)
     assert history.validation == [0.1, 0.5, 0.4, 0.3, 0.2]
     for name, value in best.state_dict().items():
@@ -106,13 +107,13 @@ def test_a_diverging_fit_keeps_the_last_good_weights(monkeypatch, caplog) -> Non
 
     monkeypatch.setattr(trainer, "batch_loss", bad)
     with caplog.at_level(logging.WARNING):
-        best, _ = run(TrainingConfig(max_epochs=10, n_validations=10), lambda net: 1.0)
+        best, _ = run(Training(max_epochs=10, n_validations=10), lambda net: 1.0)
     assert "diverged" in caplog.text
     assert all(bool(torch.isfinite(p).all()) for p in best.parameters())
 
 
 def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_generator_alone() -> None:
-    config = TrainingConfig(max_epochs=3)
+    config = Training(max_epochs=3)
     torch.manual_seed(5)
     expected = torch.rand(2)
     torch.manual_seed(5)
@@ -127,22 +128,22 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_generator_al
 
 def test_random_features_are_redrawn() -> None:
     first = network().encoder.layers[0].attention.features.clone()
-    trained, _ = run(TrainingConfig(max_epochs=4, redraw_every=3, averaging=0.9), lambda net: float(len(str(net))))
-    kept = run(TrainingConfig(max_epochs=4, redraw_every=10_000), lambda net: 0.0)[0]
+    trained, _ = run(Training(max_epochs=4, redraw_every=3, averaging=0.9), lambda net: float(len(str(net))))
+    kept = run(Training(max_epochs=4, redraw_every=10_000), lambda net: 0.0)[0]
     assert torch.equal(kept.encoder.layers[0].attention.features, first)
     scores = iter(range(100))
-    trained, _ = run(TrainingConfig(max_epochs=4, redraw_every=3), lambda net: float(next(scores)))
+    trained, _ = run(Training(max_epochs=4, redraw_every=3), lambda net: float(next(scores)))
     assert not torch.equal(trained.encoder.layers[0].attention.features, first)
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
-    config = TrainingConfig(warmup_steps=10)
+    config = Training(warmup_steps=10)
     factors = [learning_rate_factor(step, 200, config) for step in range(201)]
     assert factors[0] == pytest.approx(0.1, rel=1e-2)
     assert max(factors) == factors[9]
     assert factors[200] == pytest.approx(0.0, abs=1e-12)
     assert all(b <= a for a, b in itertools.pairwise(factors[9:]))
-    constant = TrainingConfig(warmup_steps=10, schedule="constant")
+    constant = Training(warmup_steps=10, schedule="constant")
     assert learning_rate_factor(150, 200, constant) == 1.0
 
 

@@ -10,62 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from spaformer_sc._config import Training
 from spaformer_sc._logging import logger
 from spaformer_sc.nn.decoders import CountDecoder
-from spaformer_sc.nn.masking import MaskingRates
 from spaformer_sc.nn.network import Network
 
 from .sequences import Batch, FieldCounts, Sampler
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a network is trained.
-
-    Attributes
-    ----------
-    max_epochs
-        Passes over all cells; None for as many as make ``n_steps``.
-    n_steps
-        Optimiser steps when ``max_epochs`` is None; does not depend on how the tissue was cut into FOVs.
-    tokens_per_step
-        Cells in a step; None for one whole FOV a step.
-    learning_rate, weight_decay
-        Of AdamW (Loshchilov and Hutter 2019); no decay on biases, norms and per-gene parameters.
-    schedule
-        ``"cosine"`` (down to 0 at the last step) or ``"constant"``, both after a linear warm-up.
-    warmup_steps
-        Steps over which the learning rate and the weight of the KL term grow; at most a tenth of all steps.
-    clip_norm
-        Largest norm of the gradient.
-    averaging
-        Decay of the exponential moving average of the weights; 0 for none. The average is what is validated and kept.
-    patience
-        Validations without improvement after which training stops.
-    n_validations
-        Validations over a full training.
-    redraw_every
-        Steps between draws of new random features.
-    corruptions
-        Names in :data:`~spaformer_sc.nn.masking.CORRUPTIONS`.
-    rates
-        Rates of the corruptions.
-    """
-
-    max_epochs: int | None = None
-    n_steps: int = 2000
-    tokens_per_step: int | None = 512
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    schedule: str = "cosine"
-    warmup_steps: int = 100
-    clip_norm: float = 1.0
-    averaging: float = 0.99
-    patience: int = 6
-    n_validations: int = 25
-    redraw_every: int = 100
-    corruptions: tuple[str, ...] = ("thinning",)
-    rates: MaskingRates = field(default_factory=MaskingRates)
 
 
 @dataclass
@@ -128,7 +78,7 @@ class WeightAverage:
             copied.copy_(buffer)
 
 
-def _optimizer(network: Network, config: TrainingConfig) -> torch.optim.AdamW:
+def _optimizer(network: Network, config: Training) -> torch.optim.AdamW:
     decayed, plain, concentrations = [], [], []
     for name, parameter in network.named_parameters():
         if name.endswith(("log_concentration", "log_dispersion")):
@@ -146,7 +96,7 @@ def _optimizer(network: Network, config: TrainingConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98))
 
 
-def learning_rate_factor(step: int, n_steps: int, config: TrainingConfig) -> float:
+def learning_rate_factor(step: int, n_steps: int, config: Training) -> float:
     """Factor on the learning rate at a step: linear warm-up, then cosine to 0 or constant."""
     warmup = min(config.warmup_steps, max(1, n_steps // 10))
     factor = min(1.0, (step + 1) / warmup)
@@ -159,7 +109,7 @@ def train(
     network: Network,
     data: Sequence[FieldCounts],
     sampler: Sampler,
-    config: TrainingConfig,
+    config: Training,
     *,
     validate: Callable[[Network], float],
     seed: int,
