@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from . import __version__, _checks
 from ._config import GRAPHS, OUTPUTS, Settings, resolve
 from ._logging import logger
+from ._memory import state_memory
 from ._saved import read_model, write_model
 
 if TYPE_CHECKING:
@@ -235,11 +236,25 @@ class SpaFormer:
         counts = self._integer_counts(_checks.read_counts(adata, keys.layer))
         _checks.describe_empty(counts)
         loaded = self._load(adata, counts, keys)
+        self._state_memory(loaded)
         self.keys = keys
         self._fit(loaded, device)
         self.var_names = pd.Index(adata.var_names.astype(str))
         self.gene_scores.index = self.var_names
         return loaded
+
+    def _state_memory(self, loaded: Loaded) -> None:
+        from .training.sequences import BUFFER_BYTES
+
+        n_cells, n_genes = loaded.counts.shape
+        state_memory(
+            n_cells,
+            n_genes,
+            n_counts=loaded.counts.nnz,
+            largest_fov=max(f.n_cells for f in loaded.fields),
+            buffer=BUFFER_BYTES,
+            n_inputs=1 + self.settings.hops,
+        )
 
     def _fit(self, loaded: Loaded, device: torch.device) -> None:
         import torch

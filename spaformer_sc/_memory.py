@@ -1,0 +1,59 @@
+"""How much memory a fit takes, told before it is taken."""
+
+from __future__ import annotations
+
+import os
+
+from ._logging import logger
+
+PACKAGES = 900 * 2**20
+"""Memory of the imported packages themselves, roughly."""
+
+
+def state_memory(n_cells: int, n_genes: int, n_counts: int, largest_fov: int, buffer: int, n_inputs: int) -> int:
+    """Log the memory that a fit will take at its peak, and warn where there is less.
+
+    Parameters
+    ----------
+    n_cells, n_genes
+        Size of the data.
+    n_counts
+        Number of non-zero counts.
+    largest_fov
+        Cells of the largest FOV or tile, margin included.
+    buffer
+        Bytes of the training loop's buffer; the counts that training stops on take as much again.
+    n_inputs
+        Matrices of expression that the network reads.
+
+    Returns
+    -------
+    The estimate in bytes.
+    """
+    dense = 4 * n_cells * n_genes
+    views = 2 * min(buffer, dense * (2 + n_inputs))
+    sparse = 8 * 8 * n_counts  # value and column of the counts, their three parts, and the FOVs' share of them
+    prediction = 4 * largest_fov * n_genes * (6 + n_inputs)
+    need = PACKAGES + sparse + dense + max(views, prediction)
+    free = available_memory()
+    logger.info("memory: about %.1f GiB at the peak, of which %.1f GiB for the result", need / 2**30, dense / 2**30)
+    if free is not None and need > free + PACKAGES:
+        logger.warning(
+            "this takes about %.1f GiB of memory and only %.1f GiB are free: close other programs, or impute a few "
+            "fields of view at a time.",
+            need / 2**30,
+            free / 2**30,
+        )
+    return need
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that programs can still take, or None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
