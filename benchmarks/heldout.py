@@ -24,7 +24,8 @@ from typing import Any
 
 TUNED = ("fov_gene_mean", "spatial_knn_mean", "expression_knn", "truncated_svd", "kl_nmf")
 DEFAULT_METHODS = ("gene_mean", *TUNED, "spaformer")
-METHODS = (*DEFAULT_METHODS, *(f"{method}+own" for method in TUNED))
+VARIANTS = ("spaformer_no_attention", "spaformer_fast", "spaformer_best")
+METHODS = (*DEFAULT_METHODS, *VARIANTS, *(f"{method}+own" for method in TUNED))
 KEY = ("data", "library_key", "method", "seed", "threads")
 FACTS = ("n_cells", "n_genes", "n_fovs", "split")
 SCORES = ("gain", "deviance_explained", "gene_pearson", "seconds", "cpu_seconds", "peak_mib")

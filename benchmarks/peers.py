@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -325,8 +326,10 @@ def _kl_nmfs(
 # ---------------------------------------------------------------------------------------------------------- spaformer
 
 
-def spaformer(train: sparse.csr_matrix, coords: FloatArray, fovs: NDArray[Any] | None, random_state: int) -> Prediction:
-    """`spaformer_sc.tl.impute` with its defaults."""
+def spaformer(
+    train: sparse.csr_matrix, coords: FloatArray, fovs: NDArray[Any] | None, random_state: int, **choices: Any
+) -> Prediction:
+    """`spaformer_sc.tl.impute` with its defaults, or with `choices`."""
     import anndata as ad
     import pandas as pd
 
@@ -337,7 +340,12 @@ def spaformer(train: sparse.csr_matrix, coords: FloatArray, fovs: NDArray[Any] |
         obs["fov"] = pd.Categorical(np.asarray(fovs))
     adata = ad.AnnData(train.copy(), obs=obs, obsm={"spatial": np.asarray(coords)})
     sf.tl.impute(
-        adata, library_key=None if fovs is None else "fov", output="rate", random_state=random_state, progress=False
+        adata,
+        library_key=None if fovs is None else "fov",
+        output="rate",
+        random_state=random_state,
+        progress=False,
+        **choices,
     )
     return np.asarray(adata.layers["spaformer"], dtype=np.float32), "rate"
 
@@ -361,4 +369,7 @@ METHODS: dict[str, Imputer] = {
     **{name: tuned(name, *family) for name, family in FAMILIES.items()},
     **{f"{name}+own": tuned(f"{name}+own", *family, own=True) for name, family in FAMILIES.items()},
     "spaformer": spaformer,
+    "spaformer_no_attention": partial(spaformer, encoder="mlp"),
+    "spaformer_fast": partial(spaformer, quality="fast"),
+    "spaformer_best": partial(spaformer, quality="best"),
 }
