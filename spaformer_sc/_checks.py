@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 import numbers
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -123,23 +124,6 @@ def check_positive(name: str, value: Any, *, allow_zero: bool = False) -> float:
     return number
 
 
-def check_fraction(name: str, value: Any, *, allow_zero: bool = False, allow_one: bool = False) -> float:
-    """Check that an argument is a share between 0 and 1, and return it as `float`.
-
-    Raises
-    ------
-    TypeError
-        If it is not a number.
-    ValueError
-        If it lies outside; 0 and 1 themselves only pass where they are allowed.
-    """
-    number = _check_real(name, value)
-    if not (0 < number < 1 or (allow_zero and number == 0) or (allow_one and number == 1)):
-        bounds = f"{'from 0' if allow_zero else 'above 0'} {'up to 1' if allow_one else 'and below 1'}"
-        raise ValueError(f"`{name}={value!r}` must be a share {bounds}.")
-    return number
-
-
 # --- the AnnData ------------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +168,9 @@ def check_adata(adata: Any) -> None:
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
-def read_counts(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
+def read_counts(
+    adata: AnnData, layer: str | None = None, *, transformed: Literal["refuse", "warn"] = "refuse"
+) -> sparse.csr_matrix:
     """Read the raw counts of all cells, checked.
 
     Takes dense and sparse matrices of any numeric type, in memory, backed by a file or lazy. Counts with a fraction, as
@@ -197,6 +183,9 @@ def read_counts(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
         The data, as accepted by `check_adata`.
     layer
         Name of the layer that holds the counts; None for `adata.X`.
+    transformed
+        What to do with values that look normalised or log-transformed. A guess from few cells can be wrong, so cells
+        given to a fitted model are taken with a logged warning.
 
     Returns
     -------
@@ -243,9 +232,9 @@ def read_counts(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
     if counts.nnz == 0:
         raise ValueError(f"`{name}` has no counts: every entry is zero. {_where_counts_are(adata, layer)}")
     if not is_whole(counts):
-        transformed = _transformation(counts)
-        if transformed is not None:
-            raise ValueError(f"`{name}` {transformed}, and raw counts are needed. {_where_counts_are(adata, layer)}")
+        looks = _transformation(counts)
+        if looks is not None and transformed == "refuse":
+            raise ValueError(f"`{name}` {looks}, and raw counts are needed. {_where_counts_are(adata, layer)}")
         logger.warning(
             "`%s` holds fractional values (%.1f %% of what is not zero). They are taken as counts, as corrected counts "
             "(ambient RNA removed) are; pass `layer=` if raw counts are elsewhere.",
@@ -592,6 +581,14 @@ def _report_cells_in_one_place(name: str, coordinates: npt.NDArray[np.float64], 
         logger.warning("`%s`: %s in one and the same place, so their neighbours mean nothing.", name, what)
 
 
+def _stack_level() -> int:
+    """Return the `stacklevel` at which a warning points to the first line outside this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def check_library_key(adata: AnnData, library_key: str | Sequence[str] | None) -> list[str] | None:
     """Check the columns that tell fields of view apart.
 
@@ -633,7 +630,7 @@ def check_library_key(adata: AnnData, library_key: str | Sequence[str] | None) -
                 f"`library_key` is None, so all cells are taken as one field of view, but `adata.obs` has columns that "
                 f"look as if there were several: {_listing(suggestion)}. Pass library_key={call!r} if so.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=_stack_level(),
             )
         return None
 
@@ -664,7 +661,7 @@ def check_library_key(adata: AnnData, library_key: str | Sequence[str] | None) -
                     f"`adata.obs[{slide!r}]`, so cells of different slides share a field of view. Pass "
                     f"library_key={[slide, columns[0]]!r} if the labels start again on every slide.",
                     UserWarning,
-                    stacklevel=3,
+                    stacklevel=_stack_level(),
                 )
                 break
     return list(columns)

@@ -77,6 +77,8 @@ class Settings:
     ----------
     encoder, decoder, positional, variational, masking, n_latent
         As the arguments of :func:`spaformer_sc.tl.impute`.
+    masking_is_auto
+        Whether ``masking`` was left to us.
     dim, n_layers, n_heads, feedforward, dropout
         Width of a token, encoder layers, heads, width of the feed-forward block in ``dim``, dropout.
     hops
@@ -98,6 +100,7 @@ class Settings:
     positional: tuple[str, ...] = ()
     variational: bool = False
     masking: tuple[str, ...] = ("thinning",)
+    masking_is_auto: bool = True
     n_latent: int = 64
     dim: int = 128
     n_layers: int = 2
@@ -189,11 +192,22 @@ def resolve(
         check_choice("decoder", decoder, DECODERS)
         settings = replace(settings, decoder=decoder)
     if settings.decoder == "gaussian":
-        settings = replace(settings, posterior=False)
+        # Log-normalised values depend on depth, so their target must not be thinned.
+        settings = replace(settings, posterior=False, masking=("bilevel",))
     if masking != "auto":
         settings = replace(settings, masking=_names("masking", masking, MASKINGS) or ("none",))
     if n_latent is not None:
         settings = replace(settings, n_latent=n_latent)
     if max_epochs is not None:
         settings = replace(settings, training=replace(settings.training, max_epochs=max_epochs))
-    return replace(settings, variational=bool(variational))
+    return replace(settings, variational=bool(variational), masking_is_auto=masking == "auto")
+
+
+def with_missing(settings: Settings, missing: bool) -> Settings:
+    """Add feature masking to an automatic choice where entries were not measured.
+
+    Thinning never hides a gene whole, so only masking teaches the network to tell "not measured" from "no counts".
+    """
+    if not missing or not settings.masking_is_auto or "features" in settings.masking:
+        return settings
+    return replace(settings, masking=(*settings.masking, "features"))

@@ -34,7 +34,8 @@ def state_memory(n_cells: int, n_genes: int, n_counts: int, largest_fov: int, bu
     views = 2 * min(buffer, dense * (2 + n_inputs))
     sparse = 8 * 8 * n_counts  # value and column of the counts, their three parts, and the FOVs' share of them
     prediction = 4 * largest_fov * n_genes * (6 + n_inputs)
-    need = PACKAGES + sparse + dense + max(views, prediction)
+    # While the fit is scored, predicted rates are there in single and, for one score, in double precision.
+    need = PACKAGES + sparse + dense + max(views, prediction + 2 * dense)
     free = available_memory()
     logger.info("memory: about %.1f GiB at the peak, of which %.1f GiB for the result", need / 2**30, dense / 2**30)
     if free is not None and need > free + PACKAGES:

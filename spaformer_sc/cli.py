@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from . import __version__
-from ._config import DECODERS, ENCODERS, GRAPHS, OUTPUTS, POSITIONAL, PRESETS, QUALITIES
+from ._config import DECODERS, ENCODERS, GRAPHS, MASKINGS, OUTPUTS, POSITIONAL, PRESETS, QUALITIES
 from ._write import SUFFIXES, check_path, write_atomically
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ per gene), uns["spaformer"] (parameters, training history, overall scores).
 """
 
 
+def _names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="spaformer-sc", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     impute = commands.add_parser(
         "impute",
         help="impute an .h5ad or .zarr file",
-        usage="%(prog)s IN OUT [--library-key COLUMN [COLUMN ...]] [options]",
+        usage="%(prog)s IN OUT [--library-key COLUMN] [options]",
         description=IMPUTE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -52,10 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     where = impute.add_argument_group("where the data are")
     where.add_argument(
         "--library-key",
-        nargs="+",
+        action="append",
         metavar="COLUMN",
-        help="obs column that names the field of view of each cell, or several (slide fov); without it the slide is "
-        "one image, tiled where large",
+        help="obs column that names the field of view of each cell; give it twice for slide and fov. Without it the "
+        "slide is one image, tiled where large",
     )
     where.add_argument("--spatial-key", default="spatial", metavar="KEY", help="coordinates in obsm (default: spatial)")
     where.add_argument("--connectivity-key", metavar="KEY", help="use this graph in obsp in place of building one")
@@ -66,25 +71,47 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--target-sum", type=float, metavar="N", help="library size for lognorm and rate (default: median)"
     )
-    what.add_argument("--genes", nargs="+", metavar="GENE", help="write only these genes (default: all)")
+    what.add_argument("--genes", type=_names, metavar="A,B,C", help="write only these genes (default: all)")
     what.add_argument(
         "--key-added", default="spaformer", metavar="KEY", help="name of the results (default: spaformer)"
     )
     model = impute.add_argument_group("the model")
-    model.add_argument("--quality", choices=QUALITIES, default="default", help="fast, default or best")
+    model.add_argument(
+        "--quality",
+        choices=QUALITIES,
+        default="default",
+        help="fast: a third of the training; best: four networks averaged",
+    )
     model.add_argument("--preset", choices=PRESETS, default="default", help="paper: the configuration of the paper")
-    model.add_argument("--positional", nargs="+", choices=(*POSITIONAL, "none"), help="positional encodings, or none")
-    model.add_argument("--encoder", choices=("auto", *ENCODERS), default="auto")
-    model.add_argument("--decoder", choices=("auto", *DECODERS), default="auto")
+    model.add_argument(
+        "--positional",
+        type=_names,
+        metavar="A,B",
+        help=f"positional encodings, out of {', '.join(POSITIONAL)}; or none (default: auto)",
+    )
+    model.add_argument(
+        "--encoder", choices=("auto", *ENCODERS), default="auto", help="exchange between cells (default: auto)"
+    )
+    model.add_argument("--decoder", choices=("auto", *DECODERS), default="auto", help="likelihood (default: auto)")
+    model.add_argument("--variational", action="store_true", help="train as a variational autoencoder")
+    model.add_argument(
+        "--masking",
+        type=_names,
+        metavar="A,B",
+        help=f"what is hidden in training, out of {', '.join(MASKINGS)} (default: auto)",
+    )
+    model.add_argument("--n-latent", type=int, metavar="N", help="dimensions of the latent space (default: 64)")
     model.add_argument("--graph", choices=GRAPHS, default="knn", help="spatial graph (default: knn)")
     model.add_argument("--n-neighbors", type=int, default=6, metavar="N", help="neighbours of knn (default: 6)")
     model.add_argument("--radius", type=float, metavar="R", help="radius of radius, in the unit of the coordinates")
     model.add_argument("--max-epochs", type=int, metavar="N", help="most passes over all cells (default: automatic)")
+    model.add_argument("--tile-size", type=int, default=4000, metavar="N", help="most cells of a tile (default: 4000)")
     run = impute.add_argument_group("the run")
-    run.add_argument("--random-state", type=int, default=0, metavar="SEED")
+    run.add_argument("--random-state", type=int, default=0, metavar="SEED", help="seed of everything random")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
     run.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
     run.add_argument("--quiet", action="store_true", help="no progress bar and no messages but warnings")
+    run.add_argument("--debug", action="store_true", help="show where an error comes from")
 
     demo = commands.add_parser(
         "demo",
@@ -99,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-epochs", type=int, metavar="N", help="most passes over all cells (default: automatic)")
     demo.add_argument("--random-state", type=int, default=0, metavar="SEED")
     demo.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
+    demo.add_argument("--debug", action="store_true", help="show where an error comes from")
     demo.add_argument("--quiet", action="store_true", help="no progress bar and no messages but warnings")
     return parser
 
@@ -140,6 +168,10 @@ def _impute(arguments: argparse.Namespace) -> None:
         quality=arguments.quality,
         preset=arguments.preset,
         positional="auto" if positional is None else None if positional == ["none"] else positional,
+        variational=arguments.variational,
+        masking=arguments.masking or "auto",
+        n_latent=arguments.n_latent,
+        tile_size=arguments.tile_size,
         encoder=arguments.encoder,
         decoder=arguments.decoder,
         graph=arguments.graph,
@@ -209,7 +241,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             (_impute if arguments.command == "impute" else _demo)(arguments)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, RuntimeError, MemoryError) as error:
+        if arguments.debug:
+            raise
+        if isinstance(error, MemoryError) or "out of memory" in str(error):
+            print("spaformer-sc: out of memory; impute a few fields of view at a time.", file=sys.stderr)
+            return 1
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"spaformer-sc: {message}", file=sys.stderr)
         return 1

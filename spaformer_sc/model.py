@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from . import __version__, _checks
-from ._config import GRAPHS, OUTPUTS, Settings, resolve
+from ._config import GRAPHS, OUTPUTS, Settings, resolve, with_missing
 from ._logging import logger
 from ._memory import state_memory
 from ._saved import read_model, write_model
@@ -137,6 +137,8 @@ class SpaFormer:
         _checks.check_choice("graph", graph, GRAPHS)
         if graph == "radius" and radius is None:
             raise ValueError("`graph='radius'` needs `radius=`, in the unit of the coordinates.")
+        if graph != "radius" and radius is not None:
+            raise ValueError(f"`radius={radius}` is used with `graph='radius'` only, not with `graph={graph!r}`.")
         self.graph = graph
         self.radius = None if radius is None else _checks.check_positive("radius", radius)
         self.n_neighbors = _checks.check_integer("n_neighbors", n_neighbors)
@@ -144,7 +146,7 @@ class SpaFormer:
         self.random_state = _checks.check_integer("random_state", random_state, minimum=0)
         self.progress = _checks.check_flag("progress", progress)
         self.device = device
-        self.settings: Settings = resolve(
+        self._chosen: Settings = resolve(
             preset=preset,
             quality=quality,
             positional=positional,
@@ -155,6 +157,7 @@ class SpaFormer:
             n_latent=None if n_latent is None else _checks.check_integer("n_latent", n_latent),
             max_epochs=None if max_epochs is None else _checks.check_integer("max_epochs", max_epochs),
         )
+        self.settings = self._chosen
         self.keys = DataKeys(_as_key(library_key), spatial_key, connectivity_key, layer, missing)
         self.var_names: pd.Index | None = None
         self.scores: dict[str, float] = {}
@@ -189,7 +192,8 @@ class SpaFormer:
     ) -> SpaFormer:
         """Fit the model to raw counts.
 
-        A twentieth of all transcripts is held out to decide when to stop, and another twentieth to score the result.
+        A twentieth of all transcripts is held out to decide when to stop (in large data, that of some FOVs drawn at
+        random), and another twentieth to score the result. An earlier fit of the same object is forgotten.
 
         Parameters
         ----------
@@ -233,11 +237,13 @@ class SpaFormer:
     def _fit_loaded(self, adata: AnnData, keys: DataKeys) -> Loaded:
         device = resolve_device(self.device)
         _checks.check_adata(adata)
-        counts = self._integer_counts(_checks.read_counts(adata, keys.layer))
-        _checks.describe_empty(counts)
-        loaded = self._load(adata, counts, keys)
+        loaded = self._load(adata, _checks.read_counts(adata, keys.layer), keys)
+        _checks.describe_empty(loaded.counts)
         self._state_memory(loaded)
+        # From here on the earlier fit is gone: were this one interrupted, the model would be unfitted, not half fitted.
+        self.var_names = None
         self.keys = keys
+        self.settings = with_missing(self._chosen, loaded.missing is not None)
         self._fit(loaded, device)
         self.var_names = pd.Index(adata.var_names.astype(str))
         self.gene_scores.index = self.var_names
@@ -264,18 +270,20 @@ class SpaFormer:
         from .training.sequences import sequences
         from .training.trainer import History, train
 
-        counts = loaded.counts
+        counts = self._integer_counts(loaded.counts)
         split = hold_out(
             counts,
             validation=VALIDATION_SHARE,
             test=TEST_SHARE,
             rng=np.random.default_rng(derived_seed(self.random_state, "held out")),
         )
-        library = np.asarray(counts.sum(axis=1)).ravel()
+        self._gene_share = gene_shares(split.train, loaded.missing)
+        library = np.asarray(loaded.counts.sum(axis=1)).ravel()
+        if loaded.missing is not None:
+            library = library / np.maximum(~loaded.missing @ self._gene_share, 1e-6)
         self.target_sum = float(np.median(library[library > 0]))
         kept = 1 - VALIDATION_SHARE - TEST_SHARE
         self._model_sum = self.settings.model_sum or max(1.0, kept * self.target_sum)
-        self._gene_share = gene_shares(split.train, loaded.missing)
         self.graph_summary = loaded.graph_summary
         data = sequences(loaded.fields, split.train, loaded.missing)
         sampler = self._sampler(device)
@@ -306,6 +314,7 @@ class SpaFormer:
                 for name in ("step", "epoch", "loss", "validation")
             },
         }
+        validated.clear()
         self._score(data, sampler, split.train, split.test, loaded)
 
     def _score(
@@ -321,7 +330,6 @@ class SpaFormer:
 
         rates = self._predict(data, sampler, train.shape[0], output="rate", target_sum=1.0, genes=None, embed=False)
         self.scores, self.gene_scores = held_out_scores(test, rates.expression, train, loaded.missing)
-        self.scores["validation"] = max(self.history["validation"], default=float("nan"))
 
     # --- prediction ---------------------------------------------------------------------------------------------------
 
@@ -360,7 +368,9 @@ class SpaFormer:
             If the model is not fitted, or genes of the fit are missing from ``adata``; the message names them.
         """
         keys = self._keys_for(library_key, spatial_key, connectivity_key, layer, missing)
-        return self.predict(adata, keys, output=output, target_sum=target_sum, genes=genes, embed=False).expression
+        return self._predict_adata(
+            adata, keys, output=output, target_sum=target_sum, genes=genes, embed=False
+        ).expression
 
     def embed(
         self,
@@ -372,14 +382,17 @@ class SpaFormer:
         layer: str | None = AS_FITTED,
         missing: str | None = AS_FITTED,
     ) -> NDArray[np.float32]:
-        """Return the latent of cells, float32 (cells × n_latent); arguments and errors as in :meth:`impute`."""
-        keys = self._keys_for(library_key, spatial_key, connectivity_key, layer, missing)
-        return self.predict(adata, keys, output=None, target_sum=None, genes=None, embed=True).embedding
+        """Return the latent of cells, float32 (cells × n_latent); arguments and errors as in :meth:`impute`.
 
-    def predict(
+        Where several networks are averaged (``quality="best"``), it is the latent of the first.
+        """
+        keys = self._keys_for(library_key, spatial_key, connectivity_key, layer, missing)
+        return self._predict_adata(adata, keys, output=None, target_sum=None, genes=None, embed=True).embedding
+
+    def _predict_adata(
         self,
         adata: AnnData,
-        keys: DataKeys | None = None,
+        keys: DataKeys,
         *,
         output: str | None,
         target_sum: float | None,
@@ -387,7 +400,6 @@ class SpaFormer:
         embed: bool,
     ) -> Prediction:
         """Impute and embed in one pass; what :meth:`impute` and :meth:`embed` are made of."""
-        keys = keys or self.keys
         if self.var_names is None:
             raise ValueError("this SpaFormer is not fitted; call `.fit(adata)` first, or `SpaFormer.load(path)`.")
         if output is not None:
@@ -397,7 +409,7 @@ class SpaFormer:
         _checks.check_adata(adata)
         asked = np.arange(adata.n_vars) if genes is None else _checks.check_genes(adata, genes)
         columns = self._columns(adata)
-        counts = self._integer_counts(_checks.read_counts(adata, keys.layer))[:, columns].tocsr()
+        counts = _checks.read_counts(adata, keys.layer, transformed="warn")[:, columns].tocsr()
         loaded = self._load(adata, counts, keys, columns)
         position = {int(column): i for i, column in enumerate(columns)}
         known = np.array([position.get(int(column), -1) for column in asked], dtype=np.int64)
@@ -456,7 +468,7 @@ class SpaFormer:
                 for number, network in enumerate(self._networks):
                     result = network(tokens)
                     if output is not None:
-                        block = self._scaled(network, result, tokens.depth, output, target_sum).cpu().numpy()
+                        block = self._scaled(network, result, tokens, output, target_sum).cpu().numpy()
                         block = block if genes is None else block[:, genes]
                         expression[cells[inside]] += block[inside] * (weight[inside] / len(self._networks))
                     if embed and number == 0:
@@ -464,10 +476,14 @@ class SpaFormer:
         return Prediction(expression, embedding)
 
     @staticmethod
-    def _scaled(network: Network, result: Output, depth: torch.Tensor, output: str, target_sum: float) -> torch.Tensor:
+    def _scaled(network: Network, result: Output, tokens: Tokens, output: str, target_sum: float) -> torch.Tensor:
+        from .nn.decoders import full_depth
+
         decoder = network.decoder
+        share = decoder.share(result.decoded)
         if output == "rate":
-            return decoder.share(result.decoded) * target_sum
+            return share * target_sum
+        depth = tokens.depth if tokens.visible is None else full_depth(share, tokens.counts, tokens.visible)
         if output == "counts":
             return decoder.counts(result.decoded, depth)
         return decoder.lognorm(result.decoded, depth, target_sum)
@@ -545,6 +561,10 @@ class SpaFormer:
             missing = missing if columns is None else missing[:, columns]
             counts = counts.multiply(~missing).tocsr().astype(np.float32)
             counts.eliminate_zeros()
+            if counts.nnz == 0:
+                raise ValueError(
+                    f"`missing={keys.missing!r}` marks every entry that has counts; nothing is left to fit."
+                )
         given = None
         if keys.connectivity_key is not None:
             given = given_graph(_checks.check_connectivities(adata, keys.connectivity_key), codes)
@@ -571,12 +591,10 @@ class SpaFormer:
     def _positional(self, seed: int = 0) -> PositionalSum | None:
         if not self.settings.positional:
             return None
-        import torch
-
+        from .nn.seeding import seeded
         from .positional import build_positional
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return build_positional(self.settings.positional, self.settings.dim, k=self.settings.n_eigenvectors)
 
     def _encode(self) -> Any:
@@ -641,14 +659,14 @@ class SpaFormer:
         """Every parameter and decided choice as numbers, strings, booleans, lists and None, for ``uns``."""
         s = self.settings.to_dict()
         return {
-            **{key: "none" if value is None else value for key, value in vars(self.keys).items()},
+            **vars(self.keys),
             "graph": self.graph,
             "n_neighbors": self.n_neighbors,
-            "radius": float("nan") if self.radius is None else self.radius,
+            "radius": self.radius,
             "tile_size": self.tile_size,
             "random_state": self.random_state,
-            "model": {key: value for key, value in s.items() if value is not None and key != "training"},
-            "training": {key: value for key, value in s["training"].items() if value is not None},
+            "model": {key: value for key, value in s.items() if key != "training"},
+            "training": s["training"],
             "graph_summary": self.graph_summary,
         }
 
@@ -686,7 +704,7 @@ class SpaFormer:
             "target_sum": self.target_sum,
             "model_sum": self._model_sum,
             "scores": self.scores,
-            "gene_scores": {c: [float(v) for v in self.gene_scores[c]] for c in self.gene_scores},
+            "gene_scores": {name: self.gene_scores[name].tolist() for name in self.gene_scores},
             "history": self.history,
             "graph_summary": self.graph_summary,
         }
@@ -714,6 +732,8 @@ class SpaFormer:
         ValueError
             If it is not a saved model, is damaged, or was written by a newer version.
         """
+        target = resolve_device(device)
+        progress = _checks.check_flag("progress", progress)
         description, weights = read_model(path)
         try:
             graph = description["graph"]
@@ -726,7 +746,7 @@ class SpaFormer:
                 device=device,
                 progress=progress,
             )
-            model.settings = Settings.from_dict(description["settings"])
+            model.settings = model._chosen = Settings.from_dict(description["settings"])
             model.keys = DataKeys(**description["keys"])
             model.target_sum = float(description["target_sum"])
             model._model_sum = float(description["model_sum"])
@@ -735,7 +755,6 @@ class SpaFormer:
             model._gene_share = weights.pop("gene_share").numpy()
             names = pd.Index([str(name) for name in description["var_names"]])
             model.gene_scores = pd.DataFrame(description["gene_scores"], index=names)
-            target = resolve_device(device)
             for number in range(model.settings.n_networks):
                 network = model._new_network(number)
                 prefix = f"networks.{number}."

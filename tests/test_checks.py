@@ -115,11 +115,6 @@ def test_integer(value):
         (checks.check_positive, np.nan, ValueError),
         (checks.check_positive, None, TypeError),
         (checks.check_positive, False, TypeError),
-        (checks.check_fraction, 0, ValueError),
-        (checks.check_fraction, 1.0, ValueError),
-        (checks.check_fraction, 30, ValueError),
-        (checks.check_fraction, np.nan, ValueError),
-        (checks.check_fraction, "0.3", TypeError),
         (checks.check_flag, 1, TypeError),
         (checks.check_flag, "yes", TypeError),
     ],
@@ -133,9 +128,6 @@ def test_numbers_passed():
     assert checks.check_integer("k", 0, minimum=0) == 0
     assert checks.check_positive("radius", np.float32(2.5)) == 2.5
     assert checks.check_positive("radius", 0, allow_zero=True) == 0
-    assert checks.check_fraction("share", 0.3) == 0.3
-    assert checks.check_fraction("share", 0, allow_zero=True) == 0
-    assert checks.check_fraction("share", 1, allow_one=True) == 1
     assert checks.check_flag("copy", np.True_) is True
 
 

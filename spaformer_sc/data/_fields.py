@@ -176,10 +176,10 @@ def fields_of_view(
         "n_components": int(components),
         "typical_distance": float(np.median(distances)),
     }
-    if components > 2 * len(names):
+    if encode is not None and components > 2 * len(names):
         logger.warning(
-            "the spatial graph falls apart: %d connected components in %d fields of view; no cell sees beyond its own. "
-            "Use more neighbours, or graph='knn' or 'delaunay'.",
+            "the spatial graph falls apart: %d connected components in %d fields of view, and positional encodings see "
+            "one component only. Use a larger `n_neighbors` or `radius`, or graph='delaunay'.",
             components,
             len(names),
         )

@@ -63,13 +63,14 @@ def gene_shares(counts: sp.csr_matrix, missing: NDArray[np.bool_] | None) -> NDA
     -------
     Shares (genes,), positive, sum 1.
     """
-    total = np.asarray(counts.sum(axis=0), dtype=np.float64).ravel() + 0.5
-    share = total / total.sum()
+    total = np.asarray(counts.sum(axis=0), dtype=np.float64).ravel()
+    share = (total + 0.5) / (total + 0.5).sum()
     if missing is not None:
         library = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
         measured = ~missing
         for _ in range(20):
             depth = library / np.maximum(measured @ share, 1e-12)
-            share = total / np.maximum(depth @ measured, 1e-12)
+            exposure = depth @ measured
+            share = np.divide(total, exposure, out=np.zeros_like(total), where=exposure > 0) + 0.5 / depth.sum()
             share /= share.sum()
     return np.asarray(share, dtype=np.float32)

@@ -26,14 +26,23 @@ class Decoded:
     Attributes
     ----------
     expression
-        Count decoders: share of each gene in the cell's transcripts (cells, genes), rows sum to 1; for ``zinb`` before
-        zero inflation. Gaussian: log1p of counts per ``target_sum`` (cells, genes).
+        Count decoders: expected share of each gene in the cell's transcripts (cells, genes), rows sum to 1; for
+        ``zinb`` the mean of the negative binomial part, so that rows sum to 1 after zero inflation. Gaussian: log1p of
+        counts per ``target_sum`` (cells, genes).
     zero_logits
         Logit of the probability of an extra zero (cells, genes); ``zinb`` only.
     """
 
     expression: Tensor
     zero_logits: Tensor | None = None
+
+
+def full_depth(share: Tensor, counts: Tensor, measured: Tensor) -> Tensor:
+    """Depth over all genes (cells,) of cells of which only ``measured`` entries (cells, genes) were counted.
+
+    The counted total over the share of the cell's transcripts that the measured genes are predicted to hold.
+    """
+    return (counts * measured).sum(-1) / (share * measured).sum(-1).clamp(min=_TINY)
 
 
 class CountDecoder(nn.Module):
@@ -51,8 +60,6 @@ class CountDecoder(nn.Module):
     target_sum
         Not used by count decoders; part of the common signature.
     """
-
-    is_count = True
 
     def __init__(
         self, n_latent: int, dim: int, n_genes: int, *, gene_share: Tensor, posterior: bool, target_sum: float
@@ -85,7 +92,11 @@ class CountDecoder(nn.Module):
             updated = (concentration + counts) / (concentration / share.clamp(min=_TINY) + depth[:, None])
             share = updated if visible is None else torch.where(visible, updated, share)
             share = share / share.sum(-1, keepdim=True)
-        return Decoded(share, self._zero_logits(hidden))
+        zero_logits = self._zero_logits(hidden)
+        if zero_logits is not None:
+            # Extra zeros take transcripts away; the others make up for them, so that the cell keeps its depth.
+            share = share / (share * torch.sigmoid(-zero_logits)).sum(-1, keepdim=True).clamp(min=_TINY)
+        return Decoded(share, zero_logits)
 
     def _zero_logits(self, hidden: Tensor) -> Tensor | None:
         return None
@@ -94,22 +105,27 @@ class CountDecoder(nn.Module):
         """Log-probability of every target count (cells, genes) under its mean."""
         raise NotImplementedError
 
-    def log_likelihood(self, decoded: Decoded, target: Tensor, target_depth: Tensor) -> Tensor:
-        """Log-likelihood (cells, genes) of ``target`` counts drawn at ``target_depth`` (cells,)."""
-        mean = decoded.expression * target_depth[:, None]
+    def log_likelihood(
+        self, decoded: Decoded, target: Tensor, target_depth: Tensor, measured: Tensor | None = None
+    ) -> Tensor:
+        """Log-likelihood (cells, genes) of ``target`` counts drawn at ``target_depth`` (cells,).
+
+        Where entries are not measured, the depth is what makes the expected total over a cell's measured genes equal to
+        the observed one, so that the likelihood tells about shares within these genes and about nothing else.
+        """
+        depth = target_depth if measured is None else full_depth(self.share(decoded), target, measured)
+        mean = decoded.expression * depth[:, None]
         return self.log_prob(target, mean.clamp(min=_TINY), decoded.zero_logits)
 
     def share(self, decoded: Decoded) -> Tensor:
         """Expected share of each gene in the cell's transcripts (cells, genes), rows sum to 1."""
         if decoded.zero_logits is None:
             return decoded.expression
-        present = decoded.expression * torch.sigmoid(-decoded.zero_logits)
-        return present / present.sum(-1, keepdim=True).clamp(min=_TINY)
+        return decoded.expression * torch.sigmoid(-decoded.zero_logits)
 
     def counts(self, decoded: Decoded, depth: Tensor) -> Tensor:
         """Expected counts (cells, genes) at the given depth (cells,)."""
-        mean = decoded.expression * depth[:, None]
-        return mean if decoded.zero_logits is None else mean * torch.sigmoid(-decoded.zero_logits)
+        return self.share(decoded) * depth[:, None]
 
     def lognorm(self, decoded: Decoded, depth: Tensor, target_sum: float) -> Tensor:
         """Return E[log1p(count * target_sum / depth)] (cells, genes); 0 for a cell of depth 0, which is the limit."""
@@ -173,9 +189,6 @@ class GaussianDecoder(nn.Module):
     Predicts ``log1p(count / depth * target_sum)``; means below 0 are cut at 0 when read out, not in the loss.
     """
 
-    is_count = False
-    log_concentration = None
-
     def __init__(
         self, n_latent: int, dim: int, n_genes: int, *, gene_share: Tensor, posterior: bool, target_sum: float
     ) -> None:
@@ -188,19 +201,24 @@ class GaussianDecoder(nn.Module):
         """Decode log-normalised values (cells, genes); the cell's counts are not used again."""
         return Decoded(self.output(self.hidden(latent)))
 
-    def log_likelihood(self, decoded: Decoded, target: Tensor, target_depth: Tensor) -> Tensor:
+    def log_likelihood(
+        self, decoded: Decoded, target: Tensor, target_depth: Tensor, measured: Tensor | None = None
+    ) -> Tensor:
         """Gaussian log-likelihood (cells, genes) of ``log1p(target / target_depth * target_sum)``."""
         value = torch.log1p(target / target_depth.clamp(min=1e-6)[:, None] * self.target_sum)
         return gaussian_log_prob(value, decoded.expression)
 
     def share(self, decoded: Decoded) -> Tensor:
-        """Share of each gene (cells, genes): expm1 of the values, rows normalised to 1."""
+        """Share of each gene (cells, genes): expm1 of the values, rows normalised to 1.
+
+        The mean of a logarithm taken back, not the expectation of a share; use a count decoder for that.
+        """
         linear = torch.expm1(decoded.expression.clamp(min=0.0))
         return linear / linear.sum(-1, keepdim=True).clamp(min=_TINY)
 
     def counts(self, decoded: Decoded, depth: Tensor) -> Tensor:
-        """Counts (cells, genes) at the given depth: expm1 of the values times ``depth / target_sum``."""
-        return torch.expm1(decoded.expression.clamp(min=0.0)) * (depth / self.target_sum)[:, None]
+        """Counts (cells, genes) at the given depth, through :meth:`share`."""
+        return self.share(decoded) * depth[:, None]
 
     def lognorm(self, decoded: Decoded, depth: Tensor, target_sum: float) -> Tensor:
         """Log-normalised values (cells, genes), moved to another ``target_sum`` through expm1 when it differs."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import ATTENTION, PerformerAttention
+from .seeding import seeded
 
 ENCODERS = (*ATTENTION, "mlp")
 
@@ -36,8 +37,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         # Attention takes one number of the random state whatever it is, so that the other weights do not depend on it.
         seed = int(torch.randint(2**62, ()))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.attention = None if kind == "mlp" else ATTENTION[kind](dim, n_heads)
             if self.attention is not None:
                 # Every layer starts as the one without attention, which then has to earn its place.

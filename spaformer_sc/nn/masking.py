@@ -48,6 +48,8 @@ class Corrupted:
         Which entries enter the loss (cells, genes), or None when all do.
     target_depth
         Depth at which ``target`` was drawn (cells,): the expected total of a cell over all genes.
+    measured
+        Which entries were measured (cells, genes), or None when all were.
     """
 
     counts: Tensor
@@ -55,6 +57,7 @@ class Corrupted:
     target: Tensor
     asked: Tensor | None
     target_depth: Tensor
+    measured: Tensor | None
 
 
 def depth(counts: Tensor, visible: Tensor | None, gene_share: Tensor) -> Tensor:
@@ -124,7 +127,7 @@ def thinning(
     probability = low + (high - low) * float(torch.rand((), generator=generator))
     kept = thin(counts.values, probability, generator)
     target = counts.dense(counts.values - kept)
-    return Corrupted(counts.dense(kept), measured, target, measured, depth(target, measured, gene_share))
+    return Corrupted(counts.dense(kept), measured, target, measured, depth(target, measured, gene_share), measured)
 
 
 def _hide(counts: SparseCounts, measured: Tensor | None, gene_share: Tensor, hidden: Tensor) -> Corrupted:
@@ -132,7 +135,7 @@ def _hide(counts: SparseCounts, measured: Tensor | None, gene_share: Tensor, hid
     full = counts.dense()
     asked = hidden if measured is None else hidden & measured
     visible = ~hidden if measured is None else measured & ~hidden
-    return Corrupted(full * visible, visible, full, asked, depth(full, measured, gene_share))
+    return Corrupted(full * visible, visible, full, asked, depth(full, measured, gene_share), measured)
 
 
 def bilevel(
@@ -165,7 +168,7 @@ def nothing(
 ) -> Corrupted:
     """Hide nothing and ask for everything: a plain autoencoder."""
     full = counts.dense()
-    return Corrupted(full, measured, full, measured, depth(full, measured, gene_share))
+    return Corrupted(full, measured, full, measured, depth(full, measured, gene_share), measured)
 
 
 CORRUPTIONS: dict[str, Corruption] = {

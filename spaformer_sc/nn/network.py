@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .decoders import DECODERS, Decoded, Decoder
 from .encoder import Encoder
+from .seeding import seeded
 
 
 @dataclass(frozen=True)
@@ -140,16 +141,15 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds["embedding"])
+        with seeded(seeds["embedding"]):
             self.embedding = nn.Linear(config.n_genes, config.dim)
             self.depth = nn.Linear(1, config.dim)
             self.hidden_token = nn.Parameter(torch.zeros(config.dim))
-            torch.manual_seed(seeds["neighbours"])
+        with seeded(seeds["neighbours"]):
             self.neighbours = nn.ModuleList(
                 nn.Linear(config.n_genes, config.dim, bias=False) for _ in range(config.hops)
             )
-            torch.manual_seed(seeds["encoder"])
+        with seeded(seeds["encoder"]):
             self.encoder = Encoder(
                 config.dim,
                 config.n_layers,
@@ -158,7 +158,7 @@ class Network(nn.Module):
                 feedforward=config.feedforward,
                 dropout=config.dropout,
             )
-            torch.manual_seed(seeds["decoder"])
+        with seeded(seeds["decoder"]):
             self.latent = nn.Linear(config.dim, config.n_latent)
             self.decoder: Decoder = DECODERS[config.decoder](
                 config.n_latent,
@@ -168,7 +168,7 @@ class Network(nn.Module):
                 posterior=config.posterior,
                 target_sum=config.target_sum,
             )
-            torch.manual_seed(seeds["variational"])
+        with seeded(seeds["variational"]):
             self.latent_log_variance = nn.Linear(config.dim, config.n_latent) if config.variational else None
         self.positional = positional
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from spaformer_sc.nn.seeding import seeded
 from spaformer_sc.positional._base import PositionalEncoding, PositionalSum
 from spaformer_sc.positional.laplacian import LaplacianEncoding, laplacian_eigenvectors
 from spaformer_sc.positional.signnet import SignNetEncoding
@@ -61,7 +62,6 @@ def build_positional(names: str | Sequence[str], dim: int, *, k: int = 10) -> Po
     base = int(torch.randint(2**62, ()))
     encodings = []
     for name in names:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f"{base} {name}".encode()))
+        with seeded(zlib.crc32(f"{base} {name}".encode())):
             encodings.append(POSITIONAL[name](dim, k))
     return PositionalSum(encodings)

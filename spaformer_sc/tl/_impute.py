@@ -18,7 +18,7 @@ from spaformer_sc.model import SpaFormer
 if TYPE_CHECKING:
     from anndata import AnnData
 
-SCORES = ("pearson", "deviance_explained", "gain")
+SCORES = ("pearson", "deviance_explained", "gain", "held_out")
 
 
 def impute(
@@ -79,21 +79,25 @@ def impute(
     preset
         ``"default"``, or ``"paper"`` for the configuration of the paper.
     quality
-        ``"fast"`` trains a third as long; ``"best"`` averages four networks.
+        ``"fast"`` trains a third as long (unless ``max_epochs`` is given); ``"best"`` averages four networks.
     positional
-        How a cell's place is told to the network: ``"laplacian"``, ``"signnet"``, a list of them, or None.
+        How a cell's place is told to the network, beside its neighbours' expression: ``"laplacian"``, ``"signnet"``, a
+        list of them, or None. ``"auto"`` is None, and ``"signnet"`` in the paper's preset.
     encoder
         ``"performer"`` (linear attention), ``"exact"`` (softmax attention) or ``"mlp"`` (no exchange between cells
-        beyond their neighbours' mean expression).
+        beyond their neighbours' mean expression). ``"auto"`` is ``"performer"``.
     decoder
-        Likelihood: ``"poisson"``, ``"nb"``, ``"zinb"`` (counts) or ``"gaussian"`` (log-normalised values).
+        Likelihood: ``"poisson"``, ``"nb"``, ``"zinb"`` (counts) or ``"gaussian"`` (log-normalised values; scales other
+        than ``"lognorm"`` are then derived from these and are not expectations). ``"auto"`` is ``"poisson"``, and
+        ``"gaussian"`` in the paper's preset.
     variational
         Train as a variational autoencoder.
     masking
         What is hidden in training: ``"thinning"``, ``"bilevel"``, ``"tokens"``, ``"features"``, a list of which each
-        FOV draws one in each epoch, or None.
+        FOV draws one in each epoch, or None. ``"auto"`` is ``"thinning"``, with ``"features"`` where ``missing`` is
+        given, and ``"bilevel"`` with the Gaussian decoder.
     n_latent
-        Dimensions of the latent space.
+        Dimensions of the latent space; 64, or 20 in the paper's preset, by default.
     max_epochs
         Passes over all cells; by default as many as the number of training steps of ``quality`` takes. Training stops
         earlier when the score on held-out counts no longer improves.
@@ -134,12 +138,16 @@ def impute(
     ``adata.layers[key_added]`` : float32 (cells × genes)
         Imputed expression in the scale of ``output``. Cells without counts are 0 (``"rate"`` excepted).
     ``adata.obsm["X_" + key_added]`` : float32 (cells × n_latent)
-        Latent space, for ``sc.pp.neighbors(adata, use_rep="X_spaformer")``.
+        Latent space, for ``sc.pp.neighbors(adata, use_rep="X_spaformer")``; with ``quality="best"`` that of the first
+        network.
     ``adata.var[key_added + "_pearson"]`` : float64 (genes)
-        Pearson correlation over cells of held-out counts with their prediction; NaN where nothing was held out.
+        Pearson correlation over cells of held-out counts with their prediction, both log-normalised, so that depth
+        plays no part; the gene mean scores 0. NaN where nothing was held out.
     ``adata.var[key_added + "_deviance_explained"]``, ``adata.var[key_added + "_gain"]`` : float64 (genes)
         Share of the Poisson deviance explained, and log-likelihood gained per held-out transcript (nats), both over
-        "library size times gene mean". Below 0 the gene mean is the better guess.
+        "library size times gene mean". Below 0: no better than the gene mean on the transcripts held out.
+    ``adata.var[key_added + "_held_out"]`` : int64 (genes)
+        Number of held-out transcripts that these scores rest on; below a few dozen they say little.
     ``adata.uns[key_added]`` : dict
         ``params``; ``history`` of the training; ``scores`` over all genes.
 
@@ -165,6 +173,10 @@ def impute(
     _checks.check_choice("resume", resume, (False,))
     _checks.check_choice("devices", devices, (1,))
     _checks.check_flag("copy", copy)
+    if adata.isbacked and adata.is_view and not copy:
+        raise ValueError(
+            "`adata` is a view of a file, which cannot be written to: pass copy=True, or adata.to_memory()."
+        )
     keys = Keys(key_added)
     slots = [("layers", keys.layer), ("obsm", keys.embedding), *(("var", keys.var(score)) for score in SCORES)]
     _checks.check_key_added(adata, key_added, slots=slots, mark="spaformer_sc")

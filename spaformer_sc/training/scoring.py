@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -70,8 +72,8 @@ class GainSum:
 
     @property
     def value(self) -> float:
-        """Nats per held-out transcript; 0 when there is none."""
-        return self._gain / self._total if self._total else 0.0
+        """Nats per held-out transcript; NaN when there is none."""
+        return self._gain / self._total if self._total else math.nan
 
 
 def held_out_scores(
@@ -93,24 +95,59 @@ def held_out_scores(
     Returns
     -------
     Overall scores ``gain`` (nats per held-out transcript over gene means), ``deviance_explained`` and
-    ``median_pearson`` (over genes); and a data frame with ``pearson``, ``deviance_explained`` and ``gain`` per gene.
+    ``median_pearson`` (over genes); and a data frame with ``pearson``, ``deviance_explained``, ``gain`` and
+    ``held_out`` (transcripts) per gene.
     """
     measured = None if missing is None else ~missing
-    library = np.asarray(train.sum(axis=1)).ravel().astype(np.float32)
-    expected = rates * (library * (held.sum() / max(train.sum(), 1.0)))[:, None]
     per_gene = pd.DataFrame(
         {
-            "pearson": gene_pearson(held, expected, mask=measured),
+            "pearson": lognorm_pearson(held, rates, measured),
             "deviance_explained": deviance_explained_per_gene(held, rates, train, measured=measured),
             "gain": poisson_gain_per_gene(held, rates, train, measured=measured),
+            "held_out": np.asarray(held.sum(axis=0)).ravel().astype(np.int64),
         }
     )
-    pearson = per_gene["pearson"].to_numpy()
     overall = {
         "gain": poisson_gain(held, rates, train, measured=measured),
         "deviance_explained": deviance_explained(held, rates, train, measured=measured),
-        "median_pearson": float(np.median(pearson[np.isfinite(pearson)]))
-        if np.isfinite(pearson).any()
-        else float("nan"),
+        "median_pearson": float(per_gene["pearson"].median()),
     }
     return overall, per_gene
+
+
+def lognorm_pearson(
+    held: sp.csr_matrix, rates: NDArray[np.float32], measured: NDArray[np.bool_] | None
+) -> NDArray[np.float64]:
+    """Correlation over cells of log-normalised held-out counts with log-normalised rates, per gene.
+
+    Both are brought to the median library size of the held-out counts within measured genes, so that depth plays no
+    part and the gene mean scores 0. Cells without held-out counts are left out.
+
+    Parameters
+    ----------
+    held
+        Held-out counts (cells, genes).
+    rates
+        Predicted shares (cells, genes).
+    measured
+        Which entries were measured (cells, genes), or None when all were.
+
+    Returns
+    -------
+    Pearson correlation (genes,); 0 where the prediction is constant, NaN where the held-out counts are.
+    """
+    library = np.asarray(held.sum(axis=1)).ravel()
+    cells = np.flatnonzero(library > 0)
+    if len(cells) == 0:
+        return np.full(held.shape[1], np.nan)
+    target_sum = float(np.median(library[cells]))
+    observed = (sp.diags(target_sum / library[cells]) @ held[cells]).tocsr().log1p()
+    share = rates[cells]
+    mask = None if measured is None else measured[cells]
+    if mask is not None:
+        share = share / np.maximum(np.where(mask, share, 0.0).sum(axis=1, keepdims=True), 1e-12)
+    predicted = np.log1p(share * target_sum)
+    pearson = gene_pearson(observed, predicted, mask=mask)
+    constant = np.ptp(predicted, axis=0) == 0
+    varies = np.asarray(observed.max(axis=0).todense()).ravel() > 0
+    return np.where(constant & varies, 0.0, pearson)

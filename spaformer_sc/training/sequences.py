@@ -56,6 +56,7 @@ class Batch:
     target: Tensor
     target_depth: Tensor
     asked: Tensor | None
+    measured: Tensor | None
 
 
 def sequences(
@@ -125,20 +126,24 @@ def collate(pieces: Sequence[tuple[View, Tensor]], *, positional: str | None, de
     device
         Where the batch goes.
     """
-    has_mask = [v.corrupted.visible is not None for v, _ in pieces]
-    visible, asked = [], []
-    for v, rows in pieces:
-        # One masked FOV in the batch means that every FOV needs its mask.
-        full = torch.ones((len(rows), v.corrupted.counts.shape[1]), dtype=torch.bool)
-        if any(has_mask):
-            visible.append(full if v.corrupted.visible is None else v.corrupted.visible[rows])
-            asked.append(full if v.corrupted.asked is None else v.corrupted.asked[rows])
+
+    def masks(name: str) -> Tensor | None:
+        """Join masks; one masked FOV in the batch means that every FOV needs its mask."""
+        parts = [getattr(v.corrupted, name) for v, _ in pieces]
+        if all(part is None for part in parts):
+            return None
+        full = [
+            torch.ones((len(rows), v.corrupted.counts.shape[1]), dtype=torch.bool) if part is None else part[rows]
+            for part, (v, rows) in zip(parts, pieces, strict=True)
+        ]
+        return torch.cat(full).to(device)
+
     n_inputs = len(pieces[0][0].values)
     tokens = Tokens(
         values=tuple(torch.cat([v.values[i][rows] for v, rows in pieces]).to(device) for i in range(n_inputs)),
         counts=torch.cat([v.corrupted.counts[rows] for v, rows in pieces]).to(device),
         depth=torch.cat([v.depth[rows] for v, rows in pieces]).to(device),
-        visible=torch.cat(visible).to(device) if visible else None,
+        visible=masks("visible"),
         lengths=[len(rows) for _, rows in pieces],
         positions=None if positional is None else [_positions(v.fov, rows, positional, device) for v, rows in pieces],
     )
@@ -146,7 +151,8 @@ def collate(pieces: Sequence[tuple[View, Tensor]], *, positional: str | None, de
         tokens,
         torch.cat([v.corrupted.target[rows] for v, rows in pieces]).to(device),
         torch.cat([v.corrupted.target_depth[rows] for v, rows in pieces]).to(device),
-        torch.cat(asked).to(device) if asked else None,
+        masks("asked"),
+        masks("measured"),
     )
 
 
@@ -223,16 +229,21 @@ class Sampler:
             own = own[torch.randperm(len(own), generator=generator)]
             n_parts = 1 if self.tokens_per_step is None else max(1, round(len(own) / self.tokens_per_step))
             pieces += [(whole, rows.sort().values) for rows in torch.tensor_split(own, n_parts)]
-        batch: list[tuple[View, Tensor]] = []
-        size, remaining = 0, sum(len(rows) for _, rows in pieces)
-        for i in torch.randperm(len(pieces), generator=generator).tolist():
-            batch.append(pieces[i])
-            size += len(pieces[i][1])
-            remaining -= len(pieces[i][1])
-            # A rest too small for a step of its own joins the last batch.
-            if self.tokens_per_step is None or remaining == 0 or min(size, 2 * remaining) > 0.75 * self.tokens_per_step:
-                yield collate(batch, positional=self.positional, device=self.device)
-                batch, size = [], 0
+        order = [pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()]
+        for batch in self._pack(order):
+            yield collate(batch, positional=self.positional, device=self.device)
+
+    def _pack(self, pieces: list[tuple[View, Tensor]]) -> Iterator[list[tuple[View, Tensor]]]:
+        """Put consecutive pieces together to batches of about ``tokens_per_step`` cells."""
+        sizes = np.array([len(rows) for _, rows in pieces])
+        if self.tokens_per_step is None:
+            numbers = np.arange(len(pieces))
+        else:
+            n_batches = max(1, round(sizes.sum() / self.tokens_per_step))
+            middle = sizes.cumsum() - sizes / 2
+            numbers = (middle * n_batches / sizes.sum()).astype(int)
+        for number in np.unique(numbers):
+            yield [piece for piece, n in zip(pieces, numbers, strict=True) if n == number]
 
     def whole(self, sequence: FieldCounts) -> Tokens:
         """Return all cells of one FOV as tokens with nothing hidden, for prediction."""

@@ -14,6 +14,7 @@ from spaformer_sc._config import Training
 from spaformer_sc._logging import logger
 from spaformer_sc.nn.decoders import CountDecoder
 from spaformer_sc.nn.network import Network
+from spaformer_sc.nn.seeding import seeded
 
 from .sequences import Batch, FieldCounts, Sampler
 
@@ -44,7 +45,7 @@ def batch_loss(network: Network, batch: Batch, kl_weight: float, generator: torc
     With a variational latent the bound of Kingma and Welling 2014, eq. 3, summed over cells; else the log-likelihood.
     """
     output = network(batch.tokens, generator)
-    likelihood = network.decoder.log_likelihood(output.decoded, batch.target, batch.target_depth)
+    likelihood = network.decoder.log_likelihood(output.decoded, batch.target, batch.target_depth, batch.measured)
     # A cell without transcripts in the target says nothing about shares.
     informative = (batch.target_depth > 0)[:, None]
     asked = informative if batch.asked is None else informative & batch.asked
@@ -101,8 +102,55 @@ def learning_rate_factor(step: int, n_steps: int, config: Training) -> float:
     warmup = min(config.warmup_steps, max(1, n_steps // 10))
     factor = min(1.0, (step + 1) / warmup)
     if config.schedule == "cosine":
-        factor *= 0.5 * (1 + math.cos(math.pi * step / n_steps))
+        factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / n_steps)))
     return factor
+
+
+class _Watch:
+    """Validates a network, remembers its best weights and the history, and says when to stop."""
+
+    def __init__(self, network: Network, validate: Callable[[Network], float], patience: int) -> None:
+        self.network = network
+        self.validate = validate
+        self.patience = patience
+        self.history = History()
+        self.losses: list[Tensor] = []
+        self.score = math.nan
+        self.stop = False
+        self._best: dict[str, Tensor] = {}
+        self._best_score = -math.inf
+        self._since_best = 0
+
+    def check(self, step: int, epoch: float) -> None:
+        """Validate. Where nothing was held out (NaN), the last weights count as the best."""
+        self.network.eval()
+        self.score = self.validate(self.network)
+        self.history.step.append(step)
+        self.history.epoch.append(epoch)
+        self.history.loss.append(float(torch.stack(self.losses).mean()))
+        self.history.validation.append(self.score)
+        self.losses = []
+        if math.isnan(self.score) or self.score > self._best_score:
+            self._best = copy.deepcopy(self.network.state_dict())
+            self._best_score = self._best_score if math.isnan(self.score) else self.score
+            self._since_best = 0
+        else:
+            self._since_best += 1
+        self.stop = self._since_best >= self.patience
+
+    def diverged(self, step: int) -> tuple[Network, History]:
+        """Give the last good weights and say so; an error when there are none."""
+        if not self._best:
+            raise RuntimeError(
+                f"training diverged at step {step}, before anything was learnt; check the counts for extreme values."
+            )
+        logger.warning("training diverged at step %d; the last good weights are kept.", step)
+        return self.result()
+
+    def result(self) -> tuple[Network, History]:
+        """Return the network with its best weights, and the history."""
+        self.network.load_state_dict(self._best)
+        return self.network.eval(), self.history
 
 
 def train(
@@ -138,8 +186,7 @@ def train(
     -------
     The network with the best (averaged) weights, and the history.
     """
-    corruption = torch.Generator().manual_seed(seed)
-    noise = torch.Generator().manual_seed(seed + 1)
+    corruption, noise, features = (torch.Generator().manual_seed(seed + i) for i in range(3))
     per_epoch = sampler.steps_per_epoch(data)
     n_epochs = max(1, round(config.n_steps / per_epoch)) if config.max_epochs is None else config.max_epochs
     n_steps = n_epochs * per_epoch
@@ -147,58 +194,34 @@ def train(
     optimizer = _optimizer(network, config)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     average = WeightAverage(network, config.averaging) if config.averaging else None
-    kept = average.network if average else network
-    history = History()
-    losses: list[Tensor] = []
-    best, best_score, since_best = copy.deepcopy(kept.state_dict()), -math.inf, 0
-    step, score = 0, math.nan
-
-    def check() -> bool:
-        """Validate, remember the best weights, and tell whether to go on."""
-        nonlocal best, best_score, since_best, score, losses
-        kept.eval()
-        score = validate(kept)
-        network.train()
-        history.step.append(step)
-        history.epoch.append(step / per_epoch)
-        history.loss.append(float(torch.stack(losses).mean()) if losses else math.nan)
-        history.validation.append(score)
-        losses = []
-        if score > best_score:
-            best, best_score, since_best = copy.deepcopy(kept.state_dict()), score, 0
-        else:
-            since_best += 1
-        return since_best < config.patience
-
+    watch = _Watch(average.network if average else network, validate, config.patience)
     network.train()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 2)  # dropout draws from the global generator
-        going = True
-        while going and step < n_steps:
+    step = 0
+    with seeded(seed + 3, sampler.device):  # dropout draws from the global generator
+        for epoch in range(n_epochs):
             for batch in sampler.epoch(data, corruption):
                 factor = learning_rate_factor(step, n_steps, config)
                 for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
                 if step and step % config.redraw_every == 0:
-                    network.encoder.redraw(noise)
+                    network.encoder.redraw(features)
                 loss = batch_loss(network, batch, min(1.0, (step + 1) / max(1, n_steps // 4)), noise)
                 if not torch.isfinite(loss):
-                    logger.warning("training diverged at step %d; the last good weights are kept.", step)
-                    going = False
-                    break
+                    return watch.diverged(step)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
                 optimizer.step()
                 if average:
                     average.update(network)
-                losses.append(loss.detach())
+                watch.losses.append(loss.detach())
                 step += 1
-                if (step % every == 0 or step == n_steps) and not check():
-                    going = False
-                progress(step, n_steps, score)
-                if not going or step >= n_steps:
-                    break
-    kept.load_state_dict(best)
-    kept.eval()
-    return kept, history
+                if step % every == 0:
+                    watch.check(step, step / per_epoch)
+                    network.train()
+                progress(step, n_steps, watch.score)
+                if watch.stop:
+                    return watch.result()
+            if epoch == n_epochs - 1 and watch.losses:
+                watch.check(step, float(n_epochs))
+    return watch.result()
