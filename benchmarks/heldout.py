@@ -3,7 +3,8 @@
     python benchmarks/heldout.py --data sample.h5ad --library-key fov --seeds 0 1 2 --out results.csv --threads 2
 
 Every run (data set, method, seed) has a process of its own, which makes the split from the seed, imputes and scores.
-Runs that the results file holds already are skipped. `benchmarks/README.md` says what the columns mean.
+Runs that the results file holds already, made by the same code, are skipped. `benchmarks/README.md` says what the
+columns mean.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TUNED = ("fov_gene_mean", "spatial_knn_mean", "expression_knn", "truncated_svd",
 DEFAULT_METHODS = ("gene_mean", *TUNED, "spaformer")
 VARIANTS = ("spaformer_no_attention", "spaformer_fast", "spaformer_best")
 METHODS = (*DEFAULT_METHODS, *VARIANTS, *(f"{method}+own" for method in TUNED))
-KEY = ("data", "library_key", "method", "seed", "threads")
+KEY = ("data", "library_key", "method", "seed", "threads", "code")
 FACTS = ("n_cells", "n_genes", "n_fovs", "split")
 SCORES = ("gain", "deviance_explained", "gene_pearson", "seconds", "cpu_seconds", "peak_mib")
 COLUMNS = (*KEY, *FACTS, *SCORES)
@@ -92,6 +93,16 @@ def median_gene_pearson(held: Any, rates: Any) -> float:
     correlations = gene_pearson(truth, np.log1p(shares[cells] * np.float32(target)))
     detected = np.asarray(held.sum(axis=0)).ravel() > 0
     return float(np.median(np.nan_to_num(correlations[detected], nan=0.0)))
+
+
+def code_version(method: str) -> str:
+    """Return a checksum of the code that a method consists of, so that changed code is run again."""
+    here = Path(__file__).resolve().parent
+    package = sorted((here.parent / "spaformer_sc").rglob("*.py")) if method.startswith("spaformer") else []
+    value = 0
+    for file in [here / "peers.py", *package]:
+        value = zlib.crc32(file.read_bytes(), value)
+    return f"{value:08x}"
 
 
 def peak_mib() -> float:
@@ -224,7 +235,11 @@ def main(arguments: list[str] | None = None) -> int:
         "it, positions are used without fields of view",
     )
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(DEFAULT_METHODS), help="default: all but …+own"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(DEFAULT_METHODS),
+        help="default: all but …+own and the variants of spaformer",
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0, 1, 2], help="one split and run each (default: 0 1 2)"
@@ -243,14 +258,14 @@ def main(arguments: list[str] | None = None) -> int:
     rows = read_rows(options.out)
     done = {tuple(row[column] for column in KEY) for row in rows}
     wanted = [
-        (name, options.library_key, method, str(seed), str(options.threads))
+        (name, options.library_key, method, str(seed), str(options.threads), code_version(method))
         for name in names
         for seed in dict.fromkeys(options.seeds)
         for method in dict.fromkeys(options.methods)
     ]
     failed = 0
     for key in wanted:
-        name, library_key, method, seed, _ = key
+        name, library_key, method, seed, *_ = key
         if key in done:
             continue
         print(f"{name}, {method}, seed {seed} …", file=sys.stderr, flush=True)

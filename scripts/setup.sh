@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv with this package and the versions it is tested with. Arguments: extras, such as test or dev.
+# Make .venv with this package and the versions it is tested with. Argument: an extra, test or dev.
+# TORCH_INDEX: a package index for torch, such as https://download.pytorch.org/whl/cpu for the build without CUDA.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
@@ -11,5 +12,6 @@ python="${PYTHON:-python3}"
 extras="${1:+[$1]}"
 echo "Installing spaformer_sc and what it needs into .venv (a few minutes the first time) ..." >&2
 # torch first: with the tested version in place nothing pulls in another build of it.
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+  ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"

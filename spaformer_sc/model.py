@@ -791,7 +791,8 @@ def resolve_device(device: str) -> torch.device:
 
 
 def _as_key(library_key: str | Sequence[str] | None) -> str | list[str] | None:
-    return library_key if library_key is None or isinstance(library_key, str) else list(library_key)
+    # Anything else is refused, with a message, when the key is looked up.
+    return list(library_key) if isinstance(library_key, (list, tuple)) else library_key  # type: ignore[return-value]
 
 
 def _tensor(array: NDArray[np.float32]) -> torch.Tensor:
