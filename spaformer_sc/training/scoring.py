@@ -99,18 +99,25 @@ def held_out_scores(
     ``held_out`` (transcripts) per gene.
     """
     measured = None if missing is None else ~missing
+    held_out = np.asarray(held.sum(axis=0)).ravel().astype(np.int64)
+    if not held.nnz or not train.nnz:
+        unknown = dict.fromkeys(("pearson", "deviance_explained", "gain"), math.nan)
+        return {"gain": math.nan, "deviance_explained": math.nan, "median_pearson": math.nan}, pd.DataFrame(
+            {**unknown, "held_out": held_out}
+        )
     per_gene = pd.DataFrame(
         {
             "pearson": lognorm_pearson(held, rates, measured),
             "deviance_explained": deviance_explained_per_gene(held, rates, train, measured=measured),
             "gain": poisson_gain_per_gene(held, rates, train, measured=measured),
-            "held_out": np.asarray(held.sum(axis=0)).ravel().astype(np.int64),
+            "held_out": held_out,
         }
     )
+    known = per_gene["pearson"].dropna()
     overall = {
         "gain": poisson_gain(held, rates, train, measured=measured),
         "deviance_explained": deviance_explained(held, rates, train, measured=measured),
-        "median_pearson": float(per_gene["pearson"].median()),
+        "median_pearson": float(np.median(known)) if len(known) else math.nan,
     }
     return overall, per_gene
 
@@ -121,7 +128,7 @@ def lognorm_pearson(
     """Correlation over cells of log-normalised held-out counts with log-normalised rates, per gene.
 
     Both are brought to the median library size of the held-out counts within measured genes, so that depth plays no
-    part and the gene mean scores 0. Cells without held-out counts are left out.
+    part and the gene mean scores 0. Cells without held-out counts are left out; there has to be one with some.
 
     Parameters
     ----------
@@ -138,8 +145,6 @@ def lognorm_pearson(
     """
     library = np.asarray(held.sum(axis=1)).ravel()
     cells = np.flatnonzero(library > 0)
-    if len(cells) == 0:
-        return np.full(held.shape[1], np.nan)
     target_sum = float(np.median(library[cells]))
     observed = (sp.diags(target_sum / library[cells]) @ held[cells]).tocsr().log1p()
     share = rates[cells]
