@@ -15,7 +15,7 @@ GRAPHS = ("knn", "delaunay", "radius")
 ENCODERS = ("performer", "exact", "mlp")
 DECODERS = ("gaussian", "poisson", "nb", "zinb")
 MASKINGS = ("bilevel", "tokens", "features", "thinning", "none")
-POSITIONAL = ("laplacian", "signnet")
+POSITIONAL = ("laplacian", "signnet", "random_walk", "patch", "linear", "mlp", "sinusoidal", "fourier")
 
 
 @dataclass(frozen=True)

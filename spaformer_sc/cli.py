@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from . import __version__
 from ._config import DECODERS, ENCODERS, GRAPHS, MASKINGS, OUTPUTS, POSITIONAL, PRESETS, QUALITIES
+from ._threads import wait_patiently
 from ._write import SUFFIXES, check_path, write_atomically
 
 if TYPE_CHECKING:
@@ -231,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for noisy in ("matplotlib", "fontTools", "numexpr", "numba", "PIL", "dask", "distributed", "xarray_schema"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    wait_patiently()
     try:
         if arguments.threads is not None:
             import torch

@@ -18,6 +18,7 @@ from ._config import GRAPHS, OUTPUTS, Settings, resolve, with_missing
 from ._logging import logger
 from ._memory import state_memory
 from ._saved import read_model, write_model
+from ._threads import wait_patiently
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,9 @@ VALIDATION_SHARE = 0.05
 
 TEST_SHARE = 0.05
 """Share of the transcripts that the scores are measured on; neither training nor stopping sees them."""
+
+GRAPH_ENCODINGS = frozenset({"laplacian", "signnet", "random_walk"})
+"""Positional encodings that see no further than a connected component of the spatial graph."""
 
 AS_FITTED = "as fitted"
 """Default of arguments that say where data are found: as in the fit."""
@@ -578,6 +582,13 @@ class SpaFormer:
             tile_size=self.tile_size,
             encode=self._encode(),
         )
+        if summary["n_components"] > 2 * len(names) and not GRAPH_ENCODINGS.isdisjoint(self.settings.positional):
+            logger.warning(
+                "the spatial graph falls apart: %d connected components in %d fields of view, and graph encodings see "
+                "one component only. Use a larger `n_neighbors` or `radius`, or graph='delaunay'.",
+                summary["n_components"],
+                len(names),
+            )
         return Loaded(counts, fields, missing, summary)
 
     # --- networks -----------------------------------------------------------------------------------------------------
@@ -778,6 +789,7 @@ def resolve_device(device: str) -> torch.device:
     ValueError
         If the name is unknown or the device is not there.
     """
+    wait_patiently()
     import torch
 
     if device == "auto":

@@ -216,7 +216,8 @@ def test_wrong_arguments_of_eigenvectors_are_refused() -> None:
 
 
 def fov(n: int, seed: int = 0) -> Data:
-    return Data(edge_index=tissue(n, seed), num_nodes=n)
+    pos = 10 * torch.from_numpy(np.random.default_rng(seed).standard_normal((n, 2))).float()
+    return Data(edge_index=tissue(n, seed), pos=pos, num_nodes=n)
 
 
 def make(name: str, seed: int = 0) -> torch.nn.Module:
@@ -249,7 +250,7 @@ def test_registry_names_features_and_shapes(name: str) -> None:
 @pytest.mark.parametrize("name", POSITIONAL)
 def test_encoding_does_not_depend_on_batch_mates(name: str) -> None:
     module = make(name)
-    tiny = [Data(edge_index=path(n), num_nodes=n) for n in (1, 3)]
+    tiny = [Data(edge_index=path(n), pos=torch.ones(n, 2), num_nodes=n) for n in (1, 3)]
     fovs = [fov(40), tiny[0], fov(9, 1), fov(25, 2), tiny[1]]
     features, edge_index, lengths = batch(module, fovs)
     together = module(features, edge_index, lengths=lengths).split(lengths)
@@ -271,7 +272,9 @@ def test_encoding_is_permutation_equivariant(name: str) -> None:
 @pytest.mark.parametrize("name", POSITIONAL)
 def test_encoding_has_finite_gradients_for_all_its_weights(name: str) -> None:
     module = make(name).train()
-    features, edge_index, lengths = batch(module, [fov(20), Data(edge_index=path(1), num_nodes=1)])
+    features, edge_index, lengths = batch(
+        module, [fov(20), Data(edge_index=path(1), pos=torch.ones(1, 2), num_nodes=1)]
+    )
     module(features, edge_index, lengths=lengths).square().sum().backward()
     for parameter in module.parameters():
         assert torch.isfinite(parameter.grad).all()

@@ -10,8 +10,6 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from spaformer_sc._logging import logger
-
 from ._graph import n_components, spatial_graph, typical_distance
 from ._tiling import tile
 
@@ -176,11 +174,4 @@ def fields_of_view(
         "n_components": int(components),
         "typical_distance": float(np.median(distances)),
     }
-    if encode is not None and components > 2 * len(names):
-        logger.warning(
-            "the spatial graph falls apart: %d connected components in %d fields of view, and positional encodings see "
-            "one component only. Use a larger `n_neighbors` or `radius`, or graph='delaunay'.",
-            components,
-            len(names),
-        )
     return fields, summary

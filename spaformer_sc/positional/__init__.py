@@ -9,16 +9,33 @@ import torch
 
 from spaformer_sc.nn.seeding import seeded
 from spaformer_sc.positional._base import PositionalEncoding, PositionalSum
+from spaformer_sc.positional.coordinate import (
+    CoordinateEncoding,
+    FourierEncoding,
+    LinearEncoding,
+    MLPEncoding,
+    SinusoidalEncoding,
+)
 from spaformer_sc.positional.laplacian import LaplacianEncoding, laplacian_eigenvectors
+from spaformer_sc.positional.patch import PatchEncoding
+from spaformer_sc.positional.random_walk import RandomWalkEncoding, landing_probabilities
 from spaformer_sc.positional.signnet import SignNetEncoding
 
 __all__ = [
     "POSITIONAL",
+    "CoordinateEncoding",
+    "FourierEncoding",
     "LaplacianEncoding",
+    "LinearEncoding",
+    "MLPEncoding",
+    "PatchEncoding",
     "PositionalEncoding",
     "PositionalSum",
+    "RandomWalkEncoding",
     "SignNetEncoding",
+    "SinusoidalEncoding",
     "build_positional",
+    "landing_probabilities",
     "laplacian_eigenvectors",
 ]
 
@@ -27,6 +44,12 @@ POSITIONAL: dict[str, type[PositionalEncoding]] = {
     for encoding in (
         LaplacianEncoding,
         SignNetEncoding,
+        RandomWalkEncoding,
+        PatchEncoding,
+        LinearEncoding,
+        MLPEncoding,
+        SinusoidalEncoding,
+        FourierEncoding,
     )
 }
 """Encodings by name."""

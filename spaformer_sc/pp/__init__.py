@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spaformer_sc.pp._positional_encoding import positional_encoding
 from spaformer_sc.pp._tile import tile
 
-__all__ = ["tile"]
+__all__ = ["positional_encoding", "tile"]

@@ -81,8 +81,9 @@ def impute(
     quality
         ``"fast"`` trains a third as long (unless ``max_epochs`` is given); ``"best"`` averages four networks.
     positional
-        How a cell's place is told to the network, beside its neighbours' expression: ``"laplacian"``, ``"signnet"``, a
-        list of them, or None. ``"auto"`` is None, and ``"signnet"`` in the paper's preset.
+        How a cell's place is told to the network, beside its neighbours' expression: ``"laplacian"``, ``"signnet"``,
+        ``"random_walk"``, ``"linear"``, ``"mlp"``, ``"sinusoidal"``, ``"fourier"``, ``"patch"``, a list of them, or
+        None. ``"auto"`` is None, and ``"signnet"`` in the paper's preset.
     encoder
         ``"performer"`` (linear attention), ``"exact"`` (softmax attention) or ``"mlp"`` (no exchange between cells
         beyond their neighbours' mean expression). ``"auto"`` is ``"performer"``.
