@@ -185,7 +185,7 @@ def read_counts(
         Name of the layer that holds the counts; None for `adata.X`.
     transformed
         What to do with values that look normalised or log-transformed. A guess from few cells can be wrong, so cells
-        given to a fitted model are taken with a logged warning.
+        given to a model that was fitted on fractional counts are taken with a logged warning.
 
     Returns
     -------
@@ -235,6 +235,10 @@ def read_counts(
         looks = _transformation(counts)
         if looks is not None and transformed == "refuse":
             raise ValueError(f"`{name}` {looks}, and raw counts are needed. {_where_counts_are(adata, layer)}")
+        if looks is not None:
+            logger.warning(
+                "`%s` %s, and raw counts are needed; the model was fitted on fractional counts too.", name, looks
+            )
         logger.warning(
             "`%s` holds fractional values (%.1f %% of what is not zero). They are taken as counts, as corrected counts "
             "(ambient RNA removed) are; pass `layer=` if raw counts are elsewhere.",

@@ -154,6 +154,6 @@ def run_demo(
     for name, row in table.iterrows():
         print(f"  {name:<20}  {row['pearson']:23.3f}   {row['rmse']:13.3f}")
     print(f"\nSaved {folder / 'demo.h5ad'} and {folder / 'demo.png'}.")
-    print("Next, in Python: adata = sc.read_h5ad(...)")
+    print(f"Next, in Python (.venv/bin/python): adata = sc.read_h5ad('{folder / 'demo.h5ad'}')")
     print("sq.pl.spatial_scatter(adata, color='EPCAM', layer='spaformer', library_key='fov', shape=None)")
     return table

@@ -37,7 +37,7 @@ def state_memory(n_cells: int, n_genes: int, n_counts: int, largest_fov: int, bu
     # While the fit is scored, predicted rates are there in single and, for one score, in double precision.
     need = PACKAGES + sparse + dense + max(views, prediction + 2 * dense)
     free = available_memory()
-    logger.info("memory: about %.1f GiB at the peak, of which %.1f GiB for the result", need / 2**30, dense / 2**30)
+    logger.info("memory: about %d MiB at the peak, of which %d MiB for the result", need >> 20, dense >> 20)
     if free is not None and need > free + PACKAGES:
         logger.warning(
             "this takes about %.1f GiB of memory and only %.1f GiB are free: close other programs, or impute a few "

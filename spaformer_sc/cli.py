@@ -68,7 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--layer", metavar="NAME", help="layer of raw counts (default: X)")
     where.add_argument("--missing", metavar="NAME", help="layer that is True where a gene was not measured in a cell")
     what = impute.add_argument_group("what is written")
-    what.add_argument("--scale", choices=OUTPUTS, default="lognorm", help="scale of the result (default: lognorm)")
+    what.add_argument(
+        "--scale",
+        "--output",
+        dest="scale",
+        choices=OUTPUTS,
+        default="lognorm",
+        help="scale of the result (default: lognorm)",
+    )
     what.add_argument(
         "--target-sum", type=float, metavar="N", help="library size for lognorm and rate (default: median)"
     )

@@ -171,6 +171,7 @@ class SpaFormer:
         self.target_sum: float = float("nan")
         self._model_sum: float = float("nan")
         self._gene_share: NDArray[np.float32] | None = None
+        self._fractional = False
         self._networks: list[Network] = []
 
     def __repr__(self) -> str:
@@ -274,6 +275,7 @@ class SpaFormer:
         from .training.sequences import sequences
         from .training.trainer import History, train
 
+        self._fractional = not _checks.is_whole(loaded.counts)
         counts = self._integer_counts(loaded.counts)
         split = hold_out(
             counts,
@@ -413,7 +415,8 @@ class SpaFormer:
         _checks.check_adata(adata)
         asked = np.arange(adata.n_vars) if genes is None else _checks.check_genes(adata, genes)
         columns = self._columns(adata)
-        counts = _checks.read_counts(adata, keys.layer, transformed="warn")[:, columns].tocsr()
+        doubtful: Literal["refuse", "warn"] = "warn" if self._fractional else "refuse"
+        counts = _checks.read_counts(adata, keys.layer, transformed=doubtful)[:, columns].tocsr()
         loaded = self._load(adata, counts, keys, columns)
         position = {int(column): i for i, column in enumerate(columns)}
         known = np.array([position.get(int(column), -1) for column in asked], dtype=np.int64)
@@ -546,7 +549,9 @@ class SpaFormer:
             )
         unknown = adata.n_vars - len(columns)
         if unknown:
-            logger.warning("%d genes of `adata` are not in the model; they are left out.", unknown)
+            logger.warning(
+                "%d genes of `adata` are not in the model; they are not used, and not imputed (NaN).", unknown
+            )
         return np.asarray(columns, dtype=np.int64)
 
     def _load(
@@ -714,6 +719,7 @@ class SpaFormer:
             "var_names": list(self.var_names),
             "target_sum": self.target_sum,
             "model_sum": self._model_sum,
+            "fractional": self._fractional,
             "scores": self.scores,
             "gene_scores": {name: self.gene_scores[name].tolist() for name in self.gene_scores},
             "history": self.history,
@@ -761,6 +767,7 @@ class SpaFormer:
             model.keys = DataKeys(**description["keys"])
             model.target_sum = float(description["target_sum"])
             model._model_sum = float(description["model_sum"])
+            model._fractional = bool(description["fractional"])
             model.scores, model.history = description["scores"], description["history"]
             model.graph_summary = description["graph_summary"]
             model._gene_share = weights.pop("gene_share").numpy()

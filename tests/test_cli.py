@@ -116,8 +116,10 @@ def test_every_option_arrives(source, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run("impute", "--help")
     shown = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-    assert shown == {option[0] for option in OPTIONS} | OF_THE_PROGRAM
+    assert shown == {option[0] for option in OPTIONS} | OF_THE_PROGRAM | {"--output"}
 
+    assert run("impute", source, tmp_path / "out.h5ad", "--output", "rate") == 0
+    assert received["output"] == "rate"
     assert run("impute", source, tmp_path / "out.h5ad", "--library-key", "slide", "--library-key", "fov") == 0
     assert received["library_key"] == ["slide", "fov"]
     assert run("impute", source, tmp_path / "out.h5ad", "--positional", "none") == 0

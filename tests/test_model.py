@@ -562,3 +562,12 @@ def test_nothing_is_unpickled(fitted, tmp_path, monkeypatch):
         monkeypatch.setattr(place, fail)
     fitted.save(tmp_path / "model")
     sf.SpaFormer.load(tmp_path / "model")
+
+
+def test_log_values_are_refused_by_a_fitted_model_too(fitted, tissue):
+    sc_log = tissue.copy()
+    library = np.maximum(np.asarray(sc_log.X.sum(axis=1)).ravel(), 1)
+    sc_log.X = (sp.diags(100 / library) @ sc_log.X).tocsr().log1p()
+    for call in (fitted.impute, fitted.embed):
+        with pytest.raises(ValueError, match="raw counts are needed"):
+            call(sc_log)

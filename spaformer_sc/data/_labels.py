@@ -147,7 +147,7 @@ def suggested_library_key(obs: pd.DataFrame) -> list[str]:
     suggestion: list[str] = []
     n_fields = 1
     for column in fov_like_columns(obs):
-        labelled = as_frame(obs, [column, *suggestion]).astype(object).fillna("")
+        labelled = as_frame(obs, [column, *suggestion]).astype(str)
         n_divided = labelled.drop_duplicates().shape[0]
         if n_divided > n_fields:
             suggestion, n_fields = [column, *suggestion], n_divided

@@ -170,13 +170,17 @@ def impute(
     """
     _checks.check_adata(adata)
     _checks.check_choice("output", output, OUTPUTS)
-    _checks.check_choice("zeros", zeros, ("impute",))
-    _checks.check_choice("resume", resume, (False,))
-    _checks.check_choice("devices", devices, (1,))
+    for name, value, only in (("zeros", zeros, "impute"), ("resume", resume, False), ("devices", devices, 1)):
+        if value != only:
+            raise ValueError(f"`{name}={value!r}` is not available yet; leave it at {only!r}.")
     _checks.check_flag("copy", copy)
     if adata.isbacked and adata.is_view and not copy:
         raise ValueError(
             "`adata` is a view of a file, which cannot be written to: pass copy=True, or adata.to_memory()."
+        )
+    if adata.is_view and not copy:
+        logger.warning(
+            "`adata` is a view; results are written to a copy of it. Keep the view in a variable to have them."
         )
     keys = Keys(key_added)
     slots = [("layers", keys.layer), ("obsm", keys.embedding), *(("var", keys.var(score)) for score in SCORES)]
@@ -239,7 +243,8 @@ def impute(
     )
     scores = model.scores
     logger.info(
-        "held-out counts: %.3f nats gained per transcript over gene means, median per-gene Pearson %.3f",
+        "held-out transcripts: %.3f nats gained on each over gene means; median correlation per gene %.3f, with single "
+        "transcripts, whose noise keeps it low",
         scores["gain"],
         scores["median_pearson"],
     )

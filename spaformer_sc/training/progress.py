@@ -25,9 +25,10 @@ class ProgressBar:
                 from tqdm.auto import tqdm
 
             self._bar = tqdm(total=n_steps, desc=self._label, unit="step", disable=not self._enabled, leave=True)
+        self._bar.total = n_steps
         self._bar.update(step - self._bar.n)
-        if not math.isnan(score):
-            self._bar.set_postfix_str(f"held-out gain {score:.3f}", refresh=False)
+        if math.isfinite(score):
+            self._bar.set_postfix_str(f"best held-out gain {score:.3f}", refresh=False)
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:

@@ -115,24 +115,23 @@ class _Watch:
         self.patience = patience
         self.history = History()
         self.losses: list[Tensor] = []
-        self.score = math.nan
         self.stop = False
         self._best: dict[str, Tensor] = {}
-        self._best_score = -math.inf
+        self.best_score = -math.inf
         self._since_best = 0
 
     def check(self, step: int, epoch: float) -> None:
         """Validate. Where nothing was held out (NaN), the last weights count as the best."""
         self.network.eval()
-        self.score = self.validate(self.network)
+        score = self.validate(self.network)
         self.history.step.append(step)
         self.history.epoch.append(epoch)
         self.history.loss.append(float(torch.stack(self.losses).mean()))
-        self.history.validation.append(self.score)
+        self.history.validation.append(score)
         self.losses = []
-        if math.isnan(self.score) or self.score > self._best_score:
+        if math.isnan(score) or score > self.best_score:
             self._best = copy.deepcopy(self.network.state_dict())
-            self._best_score = self._best_score if math.isnan(self.score) else self.score
+            self.best_score = self.best_score if math.isnan(score) else score
             self._since_best = 0
         else:
             self._since_best += 1
@@ -180,7 +179,8 @@ def train(
     seed
         Seed of corruption, sampling and dropout.
     progress
-        Called after each step with the number of steps done, of all steps, and the last validation score.
+        Called after each step with the number of steps done, of all steps (those done, when training stops early), and
+        the best validation score so far, that of the weights that are kept; -inf before the first.
 
     Returns
     -------
@@ -219,8 +219,9 @@ def train(
                 if step % every == 0:
                     watch.check(step, step / per_epoch)
                     network.train()
-                progress(step, n_steps, watch.score)
+                progress(step, step if watch.stop else n_steps, watch.best_score)
                 if watch.stop:
+                    logger.info("stopped at step %d of %d: held-out counts are predicted no better", step, n_steps)
                     return watch.result()
             if epoch == n_epochs - 1 and watch.losses:
                 watch.check(step, float(n_epochs))
