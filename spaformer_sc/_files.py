@@ -32,11 +32,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         if target.is_dir():
             # A folder cannot be replaced in one step: the old one steps aside, and comes back if the new one fails.
             old = staging / "old"
-            os.replace(target, old)
             try:
+                os.replace(target, old)
                 os.replace(fresh, target)
             except BaseException:
-                os.replace(old, target)
+                if old.exists() and not target.exists():
+                    os.replace(old, target)
                 raise
         else:
             os.replace(fresh, target)

@@ -15,6 +15,7 @@ import torch
 from scipy import stats
 
 import spaformer_sc as sf
+from spaformer_sc._config import DECODERS, ENCODERS, MASKINGS, POSITIONAL
 from spaformer_sc.metrics import gene_pearson
 from tests.conftest import contents, plain, sha256
 
@@ -669,10 +670,10 @@ def test_the_result_depends_on_random_state_alone(shared_tissue, arguments):
 # --- every choice -----------------------------------------------------------------------------------------------------
 
 CHOICES = [
-    *({"encoder": encoder} for encoder in ("performer", "exact", "mlp")),
-    *({"decoder": d, "variational": v} for d in ("gaussian", "poisson", "nb", "zinb") for v in (False, True)),
-    *({"masking": m} for m in ("bilevel", "tokens", "features", "thinning", "none", None, ["bilevel", "thinning"])),
-    *({"positional": p} for p in (None, "laplacian", "signnet", ["laplacian", "signnet"])),
+    *({"encoder": encoder} for encoder in ENCODERS),
+    *({"decoder": decoder, "variational": variational} for decoder in DECODERS for variational in (False, True)),
+    *({"masking": masking} for masking in (*MASKINGS, None, ["bilevel", "thinning"])),
+    *({"positional": positional} for positional in (*POSITIONAL, None, ["laplacian", "signnet"])),
     {"preset": "paper"},
     {"preset": "paper", "encoder": "exact", "decoder": "nb", "masking": "thinning", "positional": None},
     {"quality": "fast"},
