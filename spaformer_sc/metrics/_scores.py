@@ -343,6 +343,47 @@ def gene_pearson(truth: Matrix, prediction: Matrix, *, mask: NDArray[np.bool_] |
     return correlation
 
 
+def gene_pearson_lognorm(
+    held: Matrix, rates: NDArray[Any], *, measured: NDArray[np.bool_] | None = None
+) -> _FloatArray:
+    """Correlation over cells of log-normalised held-out counts with log-normalised rates, per gene.
+
+    Both are brought to the median library size of the held-out counts within measured genes, so that depth plays no
+    part and the gene mean scores 0. Cells without held-out counts are left out.
+
+    Parameters
+    ----------
+    held
+        Held-out counts, cells × genes, dense or sparse; at least one of them above 0.
+    rates
+        Prediction, cells × genes, non-negative and, within each cell, proportional to expected counts.
+    measured
+        Which entries were measured, cells × genes; None for all.
+
+    Returns
+    -------
+    Pearson correlation of each gene, no unit; 0 where the prediction is constant, NaN for genes without held counts.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `held` are not counts or shapes differ.
+    """
+    held = as_counts(held, "held")
+    _check_shapes(held.shape, "held", rates=rates)
+    library = np.asarray(held.sum(axis=1, dtype=np.float64)).ravel()
+    cells = library > 0
+    target_sum = float(np.median(library[cells]))
+    observed = (sparse.diags_array(target_sum / library[cells]) @ held[cells]).log1p()
+    shares = rates[cells]
+    mask = None if measured is None else measured[cells]
+    sums = (shares if mask is None else shares * mask).sum(axis=1, dtype=np.float64, keepdims=True)
+    shares = np.divide(shares, sums, out=np.zeros_like(shares), where=sums > 0)
+    correlations = gene_pearson(observed, np.log1p(shares * np.float32(target_sum)), mask=mask)
+    detected = np.asarray(held.sum(axis=0)).ravel() > 0
+    return np.where(detected, np.nan_to_num(correlations, nan=0.0), np.nan)
+
+
 def rmse(truth: Matrix, prediction: Matrix, *, mask: NDArray[np.bool_] | None = None, nonzero: bool = False) -> float:
     """Root mean squared error, pooled over entries.
 

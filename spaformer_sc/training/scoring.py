@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spaformer_sc.metrics import (
     deviance_explained,
     deviance_explained_per_gene,
-    gene_pearson,
+    gene_pearson_lognorm,
     poisson_gain,
     poisson_gain_per_gene,
 )
@@ -107,7 +107,7 @@ def held_out_scores(
         )
     per_gene = pd.DataFrame(
         {
-            "pearson": lognorm_pearson(held, rates, measured),
+            "pearson": gene_pearson_lognorm(held, rates, measured=measured),
             "deviance_explained": deviance_explained_per_gene(held, rates, train, measured=measured),
             "gain": poisson_gain_per_gene(held, rates, train, measured=measured),
             "held_out": held_out,
@@ -120,39 +120,3 @@ def held_out_scores(
         "median_pearson": float(np.median(known)) if len(known) else math.nan,
     }
     return overall, per_gene
-
-
-def lognorm_pearson(
-    held: sp.csr_matrix, rates: NDArray[np.float32], measured: NDArray[np.bool_] | None
-) -> NDArray[np.float64]:
-    """Correlation over cells of log-normalised held-out counts with log-normalised rates, per gene.
-
-    Both are brought to the median library size of the held-out counts within measured genes, so that depth plays no
-    part and the gene mean scores 0. Cells without held-out counts are left out; there has to be one with some.
-
-    Parameters
-    ----------
-    held
-        Held-out counts (cells, genes).
-    rates
-        Predicted shares (cells, genes).
-    measured
-        Which entries were measured (cells, genes), or None when all were.
-
-    Returns
-    -------
-    Pearson correlation (genes,); 0 where the prediction is constant, NaN where the held-out counts are.
-    """
-    library = np.asarray(held.sum(axis=1)).ravel()
-    cells = np.flatnonzero(library > 0)
-    target_sum = float(np.median(library[cells]))
-    observed = (sp.diags(target_sum / library[cells]) @ held[cells]).tocsr().log1p()
-    share = rates[cells]
-    mask = None if measured is None else measured[cells]
-    if mask is not None:
-        share = share / np.maximum(np.where(mask, share, 0.0).sum(axis=1, keepdims=True), 1e-12)
-    predicted = np.log1p(share * target_sum)
-    pearson = gene_pearson(observed, predicted, mask=mask)
-    constant = np.ptp(predicted, axis=0) == 0
-    varies = np.asarray(observed.max(axis=0).todense()).ravel() > 0
-    return np.where(constant & varies, 0.0, pearson)
