@@ -124,6 +124,23 @@ def check_positive(name: str, value: Any, *, allow_zero: bool = False) -> float:
     return number
 
 
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """Check that an argument is a finite number from `low` to `high`, and return it as `float`.
+
+    Raises
+    ------
+    TypeError
+        If it is not a number.
+    ValueError
+        If it is NaN, infinite or outside the range.
+    """
+    number = _check_real(name, value)
+    if not (np.isfinite(number) and low <= number <= high):
+        limit = f"at least {low:g}" if np.isinf(high) else f"from {low:g} to {high:g}"
+        raise ValueError(f"`{name}={value!r}` must be a finite number, {limit}.")
+    return number
+
+
 # --- the AnnData ------------------------------------------------------------------------------------------------------
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ._checks import check_choice
+from ._checks import check_choice, check_flag, check_integer, check_number
 
 PRESETS = ("default", "paper")
 QUALITIES = ("fast", "default", "best")
@@ -14,6 +15,8 @@ OUTPUTS = ("lognorm", "counts", "rate")
 GRAPHS = ("knn", "delaunay", "radius")
 ENCODERS = ("performer", "exact", "mlp")
 DECODERS = ("gaussian", "poisson", "nb", "zinb")
+DISPERSIONS = ("gene", "gene_fov", "entry")
+COMBINATIONS = ("add", "concat")
 MASKINGS = ("bilevel", "tokens", "features", "thinning", "none")
 POSITIONAL = ("laplacian", "signnet", "random_walk", "patch", "linear", "mlp", "sinusoidal", "fourier")
 
@@ -47,9 +50,13 @@ class Training:
     redraw_every
         Steps between draws of new random features of the attention.
     masked_tokens, masked_features
-        Share of the cells, and of the genes on them, that masking hides.
+        Share of the cells, and of the genes on them, that masking hides; a pair is where it starts and where it ends,
+        and it changes linearly over the epochs.
     thinning
         Range of the probability that a transcript stays visible under thinning; drawn anew for each FOV and epoch.
+    windows
+        Divide a FOV into windows of neighbouring cells, in place of random subsets, for the sequences of a step.
+        Networks that read the graph between their tokens always get windows.
     """
 
     n_steps: int = 2000
@@ -64,9 +71,10 @@ class Training:
     patience: int = 6
     n_validations: int = 25
     redraw_every: int = 100
-    masked_tokens: float = 0.5
-    masked_features: float = 0.5
+    masked_tokens: float | tuple[float, float] = 0.5
+    masked_features: float | tuple[float, float] = 0.5
     thinning: tuple[float, float] = (0.3, 0.7)
+    windows: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,14 @@ class Settings:
         Rings of spatial neighbours whose mean expression is an input.
     posterior
         Gamma-Poisson update with the cell's own counts.
+    dispersion
+        What the dispersion of ``nb`` and ``zinb`` depends on: ``"gene"``, ``"gene_fov"`` or ``"entry"``.
+    positional_combine
+        ``"add"`` positional encodings to the token, or ``"concat"``: concatenate all and map them to a token.
+    patch_size
+        Side of a bin of ``patch``, in the unit of the coordinates; None for 10 typical distances between neighbours.
+    n_frequencies
+        Frequencies of ``fourier``.
     n_eigenvectors
         Laplacian eigenvectors of the encodings that use them.
     n_networks
@@ -109,6 +125,10 @@ class Settings:
     dropout: float = 0.0
     hops: int = 2
     posterior: bool = True
+    dispersion: str = "gene"
+    positional_combine: str = "add"
+    patch_size: float | None = None
+    n_frequencies: int = 64
     n_eigenvectors: int = 10
     n_networks: int = 1
     model_sum: float | None = None
@@ -118,15 +138,19 @@ class Settings:
         """Nested dictionary of numbers, strings, booleans, lists and None."""
         plain = asdict(self)
         plain["positional"], plain["masking"] = list(self.positional), list(self.masking)
-        plain["training"]["thinning"] = list(self.training.thinning)
+        plain["training"] = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in plain["training"].items()
+        }
         return plain
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Settings:
         """Inverse of :meth:`to_dict`."""
         values = dict(plain)
-        training = dict(values["training"])
-        values["training"] = Training(**{**training, "thinning": tuple(training["thinning"])})
+        training: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values["training"].items()
+        }
+        values["training"] = Training(**training)
         values["positional"], values["masking"] = tuple(values["positional"]), tuple(values["masking"])
         return cls(**values)
 
@@ -144,6 +168,100 @@ PAPER = Settings(
     training=Training(tokens_per_step=None, learning_rate=1e-3, weight_decay=5e-4, schedule="constant", averaging=0.0),
 )
 """The paper's configuration (Wen et al. 2023, sec. 4.1), as far as our parts express it."""
+
+
+def _whole(minimum: int = 1) -> Callable[[str, Any], int]:
+    return lambda name, value: check_integer(name, value, minimum=minimum)
+
+
+def _number(low: float, high: float = math.inf) -> Callable[[str, Any], float]:
+    return lambda name, value: check_number(name, value, low, high)
+
+
+def _choice(*allowed: str) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        check_choice(name, value, allowed)
+        return str(value)
+
+    return check
+
+
+def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise TypeError(f"`{name}={value!r}` must be a pair of numbers.")
+    return check_number(name, value[0], 0.0, 1.0), check_number(name, value[1], 0.0, 1.0)
+
+
+def _rate(name: str, value: Any) -> float | tuple[float, float]:
+    return _pair(name, value) if isinstance(value, (list, tuple)) else check_number(name, value, 0.0, 1.0)
+
+
+_MODEL: dict[str, Callable[[str, Any], Any]] = {
+    "dim": _whole(),
+    "n_layers": _whole(0),
+    "n_heads": _whole(),
+    "feedforward": _whole(),
+    "dropout": _number(0.0, 0.95),
+    "hops": lambda name, value: int(check_number(name, check_integer(name, value, minimum=0), 0, 2)),
+    "posterior": check_flag,
+    "dispersion": _choice(*DISPERSIONS),
+    "positional_combine": _choice(*COMBINATIONS),
+    "patch_size": _or_none(_number(1e-6)),
+    "n_eigenvectors": _whole(),
+    "n_frequencies": _whole(),
+    "n_networks": _whole(),
+    "model_sum": _or_none(_number(1e-6)),
+}
+_TRAINING: dict[str, Callable[[str, Any], Any]] = {
+    "n_steps": _whole(),
+    "tokens_per_step": _or_none(_whole()),
+    "learning_rate": _number(1e-12),
+    "weight_decay": _number(0.0),
+    "schedule": _choice("cosine", "constant"),
+    "warmup_steps": _whole(),
+    "clip_norm": _number(1e-12),
+    "averaging": _number(0.0, 0.99999),
+    "patience": _whole(),
+    "n_validations": _whole(),
+    "redraw_every": _whole(),
+    "masked_tokens": _rate,
+    "masked_features": _rate,
+    "thinning": _pair,
+    "windows": check_flag,
+}
+ADVANCED = (*_MODEL, *_TRAINING)
+"""Names that ``settings=`` takes."""
+
+
+def with_advanced(settings: Settings, given: Mapping[str, Any] | None) -> Settings:
+    """Replace choices that have no argument of their own.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a name that is not in :data:`ADVANCED`, or a value that it cannot have.
+    """
+    if given is None:
+        return settings
+    if not isinstance(given, Mapping):
+        raise TypeError(f"`settings` must be a dictionary of names and values, not {type(given).__name__}.")
+    for name in given:
+        check_choice("settings", name, ADVANCED)
+    model = {name: check(f"settings[{name!r}]", given[name]) for name, check in _MODEL.items() if name in given}
+    training = {name: check(f"settings[{name!r}]", given[name]) for name, check in _TRAINING.items() if name in given}
+    changed = replace(settings, **model, training=replace(settings.training, **training))
+    if changed.dim % changed.n_heads:
+        raise ValueError(
+            f"`settings`: dim={changed.dim} must be a multiple of n_heads={changed.n_heads}; change one of them."
+        )
+    low, high = changed.training.thinning
+    if not 0 < low <= high < 1:
+        raise ValueError(f"`settings['thinning']={[low, high]}` must rise, and lie between 0 and 1 without these.")
+    return changed
 
 
 def _names(argument: str, value: str | Sequence[str] | None, allowed: Sequence[str]) -> tuple[str, ...]:
@@ -168,6 +286,7 @@ def resolve(
     masking: str | Sequence[str] | None,
     n_latent: int | None,
     max_epochs: int | None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Decide every "auto" from the preset and the quality; what is given explicitly wins.
 
@@ -178,29 +297,30 @@ def resolve(
     """
     check_choice("preset", preset, PRESETS)
     check_choice("quality", quality, QUALITIES)
-    settings = PAPER if preset == "paper" else Settings()
+    chosen = PAPER if preset == "paper" else Settings()
     if quality == "fast":
-        settings = replace(settings, training=replace(settings.training, n_steps=settings.training.n_steps // 3))
+        chosen = replace(chosen, training=replace(chosen.training, n_steps=chosen.training.n_steps // 3))
     elif quality == "best":
-        settings = replace(settings, n_networks=4)
+        chosen = replace(chosen, n_networks=4)
     if positional != "auto":
-        settings = replace(settings, positional=_names("positional", positional, POSITIONAL))
+        chosen = replace(chosen, positional=_names("positional", positional, POSITIONAL))
     if encoder != "auto":
         check_choice("encoder", encoder, ENCODERS)
-        settings = replace(settings, encoder=encoder)
+        chosen = replace(chosen, encoder=encoder)
     if decoder != "auto":
         check_choice("decoder", decoder, DECODERS)
-        settings = replace(settings, decoder=decoder)
-    if settings.decoder == "gaussian":
+        chosen = replace(chosen, decoder=decoder)
+    if chosen.decoder == "gaussian":
         # Log-normalised values depend on depth, so their target must not be thinned.
-        settings = replace(settings, posterior=False, masking=("bilevel",))
+        chosen = replace(chosen, posterior=False, masking=("bilevel",))
     if masking != "auto":
-        settings = replace(settings, masking=_names("masking", masking, MASKINGS) or ("none",))
+        chosen = replace(chosen, masking=_names("masking", masking, MASKINGS) or ("none",))
     if n_latent is not None:
-        settings = replace(settings, n_latent=n_latent)
+        chosen = replace(chosen, n_latent=n_latent)
     if max_epochs is not None:
-        settings = replace(settings, training=replace(settings.training, max_epochs=max_epochs))
-    return replace(settings, variational=bool(variational), masking_is_auto=masking == "auto")
+        chosen = replace(chosen, training=replace(chosen.training, max_epochs=max_epochs))
+    chosen = replace(chosen, variational=bool(variational), masking_is_auto=masking == "auto")
+    return with_advanced(chosen, settings)
 
 
 def with_missing(settings: Settings, missing: bool) -> Settings:

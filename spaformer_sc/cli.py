@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from . import __version__
 from ._config import DECODERS, ENCODERS, GRAPHS, MASKINGS, OUTPUTS, POSITIONAL, PRESETS, QUALITIES
@@ -37,6 +38,17 @@ per gene), uns["spaformer"] (parameters, training history, overall scores).
 def _names(text: str) -> list[str]:
     """Names separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """``name=value``; what is not JSON is a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=VALUE")
+    try:
+        return name.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return name.strip(), value.strip()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
         help=f"what is hidden in training, out of {', '.join(MASKINGS)} (default: auto)",
     )
     model.add_argument("--n-latent", type=int, metavar="N", help="dimensions of the latent space (default: 64)")
+    model.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_setting,
+        dest="settings",
+        metavar="NAME=VALUE",
+        help="any further choice, such as --set hops=0 --set dispersion=entry; see docs/settings.md",
+    )
     model.add_argument("--graph", choices=GRAPHS, default="knn", help="spatial graph (default: knn)")
     model.add_argument("--n-neighbors", type=int, default=6, metavar="N", help="neighbours of knn (default: 6)")
     model.add_argument("--radius", type=float, metavar="R", help="radius of radius, in the unit of the coordinates")
@@ -186,6 +207,7 @@ def _impute(arguments: argparse.Namespace) -> None:
         n_neighbors=arguments.n_neighbors,
         radius=arguments.radius,
         max_epochs=arguments.max_epochs,
+        settings=dict(arguments.settings) or None,
         random_state=arguments.random_state,
         device=arguments.device,
         progress=not arguments.quiet,

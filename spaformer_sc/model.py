@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,7 +86,7 @@ class SpaFormer:
     library_key, spatial_key, connectivity_key, layer, missing
         Where the data are; as in :func:`spaformer_sc.tl.impute`. The methods take them too, for data that name them
         differently.
-    preset, quality, positional, encoder, decoder, variational, masking, n_latent, max_epochs
+    preset, quality, positional, encoder, decoder, variational, masking, n_latent, max_epochs, settings
         The model; as in :func:`spaformer_sc.tl.impute`.
     graph, n_neighbors, radius, tile_size
         Spatial graphs and tiles; as in :func:`spaformer_sc.tl.impute`.
@@ -130,6 +130,7 @@ class SpaFormer:
         masking: str | Sequence[str] | None = "auto",
         n_latent: int | None = None,
         max_epochs: int | None = None,
+        settings: Mapping[str, Any] | None = None,
         graph: Literal["knn", "delaunay", "radius"] = "knn",
         n_neighbors: int = 6,
         radius: float | None = None,
@@ -160,6 +161,7 @@ class SpaFormer:
             masking=masking,
             n_latent=None if n_latent is None else _checks.check_integer("n_latent", n_latent),
             max_epochs=None if max_epochs is None else _checks.check_integer("max_epochs", max_epochs),
+            settings=settings,
         )
         self.settings = self._chosen
         self.keys = DataKeys(_as_key(library_key), spatial_key, connectivity_key, layer, missing)
@@ -656,18 +658,22 @@ class SpaFormer:
     def _sampler(self, device: torch.device) -> Sampler:
         import torch
 
-        from .nn.masking import MaskingRates
+        from .nn.encoder import GRAPH_ENCODERS
+        from .nn.masking import MaskingSchedule
         from .training.sequences import Sampler
 
         s = self.settings
         module = self._positional()
+        graph = s.encoder in GRAPH_ENCODERS or (module is not None and module.needs_tokens)
         return Sampler(
             tokens_per_step=s.training.tokens_per_step,
             corruptions=s.masking,
-            rates=MaskingRates(s.training.masked_tokens, s.training.masked_features, s.training.thinning),
+            rates=MaskingSchedule(s.training.masked_tokens, s.training.masked_features, s.training.thinning),
             gene_share=torch.from_numpy(self._shares),
             target_sum=self._model_sum,
             positional=None if module is None else "graph" if module.needs_graph else "rows",
+            graph=graph,
+            windows=s.training.windows or graph,
             device=device,
         )
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from spaformer_sc import _config
-from spaformer_sc._config import PAPER, Settings, resolve, with_missing
+from spaformer_sc._config import PAPER, Settings, Training, resolve, with_missing
 from spaformer_sc.nn.decoders import DECODERS
 from spaformer_sc.nn.encoder import ENCODERS
 from spaformer_sc.nn.masking import CORRUPTIONS
@@ -73,3 +76,46 @@ def test_settings_survive_json(quality: str) -> None:
 def test_unknown_choices_name_the_argument(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"`{argument}="):
         resolve(**{**AUTO, argument: value})
+
+
+def test_advanced_settings_reach_model_and_training() -> None:
+    given = {"hops": 0, "dispersion": "entry", "masked_tokens": [0.1, 0.6], "windows": True, "patch_size": 50}
+    settings = resolve(**AUTO, settings=given)
+    assert (settings.hops, settings.dispersion, settings.patch_size) == (0, "entry", 50.0)
+    assert (settings.training.masked_tokens, settings.training.windows) == ((0.1, 0.6), True)
+    assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_every_field_without_an_argument_is_an_advanced_setting() -> None:
+    arguments = {"encoder", "decoder", "positional", "variational", "masking", "masking_is_auto", "n_latent",
+                 "training", "max_epochs"}  # fmt: skip
+    assert set(_config.ADVANCED) == {f.name for c in (Settings, Training) for f in fields(c)} - arguments
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [({"hop": 1}, ValueError, "hops"), ({"hops": 3}, ValueError, "from 0 to 2"), ({"hops": 1.5}, TypeError, "hops"),
+     ({"dropout": -0.1}, ValueError, "dropout"), ({"dropout": float("nan")}, ValueError, "dropout"),
+     ({"posterior": "yes"}, TypeError, "posterior"), ({"dispersion": "cell"}, ValueError, "gene_fov"),
+     ({"thinning": [0.7, 0.3]}, ValueError, "thinning"), ({"thinning": 0.5}, TypeError, "pair"),
+     ({"masked_tokens": [0, 2]}, ValueError, "masked_tokens"), ({"dim": 100}, ValueError, "multiple of n_heads"),
+     ({"schedule": "step"}, ValueError, "cosine"), ({"n_steps": 0}, ValueError, "n_steps"), ([1], TypeError, "dict")],
+)  # fmt: skip
+def test_an_advanced_setting_that_cannot_be_is_refused(given: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        resolve(**AUTO, settings=given)
+
+
+def test_the_page_of_settings_lists_each_with_its_defaults() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "settings.md").read_text()
+    shown = {m[1]: (m[2], m[3]) for m in re.finditer(r"^\| `(\w+)` \| (.+?) \| (.+?) \|", page, re.MULTILINE)}
+    assert set(shown) == set(_config.ADVANCED)
+
+    def plain(text: str) -> object:
+        return None if text == "none" else json.loads(text.strip("`"))
+
+    for settings, column in ((Settings(), 0), (PAPER, 1)):
+        values = settings.to_dict() | settings.to_dict()["training"]
+        for name, texts in shown.items():
+            if texts[column] != "–":
+                assert plain(texts[column]) == values[name], name

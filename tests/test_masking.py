@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from spaformer_sc.nn.masking import CORRUPTIONS, MaskingRates, SparseCounts, depth, thin
+from spaformer_sc.nn.masking import CORRUPTIONS, MaskingRates, MaskingSchedule, SparseCounts, depth, thin
 
 N, G = 400, 30
 
@@ -90,3 +90,10 @@ def test_depth_is_unbiased_by_what_is_hidden() -> None:
     np.testing.assert_allclose(depth(expected * visible, visible, share), torch.full((N,), 50.0), rtol=1e-4)
     assert torch.equal(depth(expected, None, share), expected.sum(1))
     assert float(depth(torch.zeros(1, G), torch.zeros((1, G), dtype=torch.bool), share)) == 0.0
+
+
+def test_a_schedule_moves_linearly_between_its_rates() -> None:
+    schedule = MaskingSchedule(tokens=(0.2, 0.6), features=0.5)
+    assert schedule.at(0.0) == MaskingRates(0.2, 0.5)
+    assert schedule.at(0.5).tokens == pytest.approx(0.4)
+    assert schedule.at(1.0) == MaskingRates(0.6, 0.5)

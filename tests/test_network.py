@@ -10,10 +10,10 @@ import scipy.sparse as sp
 import torch
 
 from spaformer_sc.data._fields import GraphConfig, fields_of_view, neighbour_rings
-from spaformer_sc.nn.masking import MaskingRates
+from spaformer_sc.nn.masking import MaskingSchedule
 from spaformer_sc.nn.network import Network, NetworkConfig, Tokens
 from spaformer_sc.positional import build_positional
-from spaformer_sc.training.sequences import Sampler, neighbour_values, sequences
+from spaformer_sc.training.sequences import Sampler, neighbour_values, sequences, token_graph, windows
 from spaformer_sc.training.trainer import batch_loss
 
 G = 20
@@ -56,8 +56,8 @@ def tissue(n: int = 90, n_fovs: int = 3, names: str | None = None):
 
 def sampler(positional: str | None = None, **changes) -> Sampler:
     settings = dict(
-        tokens_per_step=30, corruptions=("thinning",), rates=MaskingRates(), gene_share=torch.full((G,), 1 / G),
-        target_sum=30.0, positional=positional, device=CPU,
+        tokens_per_step=30, corruptions=("thinning",), rates=MaskingSchedule(), gene_share=torch.full((G,), 1 / G),
+        target_sum=30.0, positional=positional, graph=False, windows=False, device=CPU,
     )  # fmt: skip
     return Sampler(**{**settings, **changes})
 
@@ -218,3 +218,37 @@ def test_attention_starts_as_if_it_were_not_there() -> None:
     without = network(encoder="mlp")(tokens)
     for encoder in ("performer", "exact"):
         assert torch.equal(network(encoder=encoder)(tokens).latent, without.latent)
+
+
+def test_windows_are_compact_and_hold_every_cell_once() -> None:
+    positions = np.stack(np.meshgrid(np.arange(30.0), np.arange(20.0)), -1).reshape(-1, 2).astype(np.float32)
+    rows = np.arange(600)[::2]
+    parts = windows(positions, rows, 5, torch.Generator().manual_seed(0))
+    assert sorted(torch.cat(parts).tolist()) == rows.tolist()
+    assert {len(part) for part in parts} == {60}
+    # A random fifth of the cells would spread like all of them.
+    spread = [positions[part].std(axis=0).prod() for part in parts]
+    assert max(spread) < 0.5 * positions[rows].std(axis=0).prod()
+
+
+def test_the_graph_between_tokens_is_that_of_the_field_of_view() -> None:
+    first, second, _ = tissue()
+    pieces = [(first.fov, torch.arange(0, first.fov.n_cells, 2)), (second.fov, torch.tensor([5, 1, 3, 8]))]
+    edges = {tuple(edge) for edge in token_graph(pieces).T.tolist()}
+    owner = [(0, int(i)) for i in pieces[0][1]] + [(1, int(i)) for i in pieces[1][1]]
+    graphs = [{tuple(edge) for edge in piece[0].edge_index.T.tolist()} for piece in pieces]
+    expected = {
+        (i, j)
+        for i, (f, a) in enumerate(owner)
+        for j, (g, b) in enumerate(owner)
+        if f == g and (a, b) in graphs[f]
+    }
+    assert edges == expected
+    assert edges
+
+
+def test_batches_of_windows_carry_their_graph() -> None:
+    data = tissue()
+    batches = list(sampler(windows=True, graph=True).epoch(data, torch.Generator().manual_seed(1)))
+    assert sum(len(b.tokens.depth) for b in batches) == 90
+    assert all(b.tokens.edge_index is not None and b.tokens.edge_index.max() < len(b.tokens.depth) for b in batches)

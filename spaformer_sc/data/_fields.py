@@ -47,6 +47,10 @@ class FieldOfView:
         Row-normalised CSR matrices (n, n) that average over direct neighbours and over neighbours of neighbours.
     edge_index
         Symmetric spatial graph (2, edges), int64.
+    positions
+        Coordinates (n, 2 or 3) from the mean of the FOV, in typical distances between its neighbouring cells.
+    unit
+        Typical distance between neighbouring cells of the FOV (median edge of its graph), in the user's unit.
     features
         Features of the positional encodings per cell.
     """
@@ -57,6 +61,8 @@ class FieldOfView:
     weight: NDArray[np.float32]
     rings: tuple[sp.csr_matrix, ...]
     edge_index: Tensor
+    positions: NDArray[np.float32]
+    unit: float
     features: dict[str, Tensor]
 
     @property
@@ -122,7 +128,7 @@ def fields_of_view(
     tile_size
         Largest number of cells of a tile.
     encode
-        Maps a torch-geometric ``Data`` (``edge_index``, ``pos`` in typical distances) to positional features.
+        Maps a torch-geometric ``Data`` (``edge_index``, ``pos`` in typical distances, ``unit``) to positional features.
 
     Returns
     -------
@@ -152,10 +158,11 @@ def fields_of_view(
             sub = adjacency if len(local) == len(cells) else adjacency[local][:, local].tocsr()
             coo = sub.tocoo()
             edge_index = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
+            positions = ((here[local] - here.mean(axis=0)) / unit).astype(np.float32)
             features: dict[str, Tensor] = {}
             if encode is not None:
-                pos = torch.from_numpy(((here[local] - here.mean(axis=0)) / unit).astype(np.float32))
-                features = encode(Data(edge_index=edge_index, pos=pos[:, :2], num_nodes=len(local)))
+                pos = torch.from_numpy(positions)[:, :2]
+                features = encode(Data(edge_index=edge_index, pos=pos, unit=unit, num_nodes=len(local)))
             fields.append(
                 FieldOfView(
                     name=name if len(tiles) == 1 else f"{name}/tile{number}",
@@ -164,6 +171,8 @@ def fields_of_view(
                     weight=part.weight,
                     rings=neighbour_rings(sub, n_rings),
                     edge_index=edge_index,
+                    positions=positions,
+                    unit=unit,
                     features=features,
                 )
             )

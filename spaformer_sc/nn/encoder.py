@@ -12,6 +12,9 @@ from .seeding import seeded
 
 ENCODERS = (*ATTENTION, "mlp")
 
+GRAPH_ENCODERS: frozenset[str] = frozenset()
+"""Encoders that read the spatial graph between tokens."""
+
 
 class EncoderLayer(nn.Module):
     """One pre-norm layer: attention between the cells of a FOV, then a feed-forward block per cell.
@@ -77,7 +80,7 @@ class Encoder(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, lengths: Sequence[int], edge_index: Tensor | None = None) -> Tensor:
         """Map tokens (N, dim) to contextual tokens (N, dim)."""
         for layer in self.layers:
             x = layer(x, lengths)

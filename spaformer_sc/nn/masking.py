@@ -111,6 +111,32 @@ class MaskingRates:
     thinning: tuple[float, float] = (0.3, 0.7)
 
 
+@dataclass(frozen=True)
+class MaskingSchedule:
+    """Rates over the course of training.
+
+    Attributes
+    ----------
+    tokens, features
+        As in :class:`MaskingRates`; a pair is the rate at the start and at the end of training, linear in between.
+    thinning
+        As in :class:`MaskingRates`.
+    """
+
+    tokens: float | tuple[float, float] = 0.5
+    features: float | tuple[float, float] = 0.5
+    thinning: tuple[float, float] = (0.3, 0.7)
+
+    def at(self, progress: float) -> MaskingRates:
+        """Rates when a share ``progress``, from 0 to 1, of the training is done."""
+
+        def rate(value: float | tuple[float, float]) -> float:
+            start, end = value if isinstance(value, tuple) else (value, value)
+            return start + (end - start) * progress
+
+        return MaskingRates(rate(self.tokens), rate(self.features), self.thinning)
+
+
 Corruption = Callable[[SparseCounts, "Tensor | None", Tensor, MaskingRates, torch.Generator], Corrupted]
 
 

@@ -92,6 +92,9 @@ class Tokens:
         Number of tokens of each FOV.
     positions
         One per FOV, or None when the network has no positional encoding.
+    edge_index
+        Symmetric spatial graph between the tokens (2, edges), without edges between FOVs; None when the network reads
+        none.
     """
 
     values: tuple[Tensor, ...]
@@ -100,6 +103,7 @@ class Tokens:
     visible: Tensor | None
     lengths: Sequence[int]
     positions: Sequence[Positions] | None = None
+    edge_index: Tensor | None = None
 
 
 @dataclass
@@ -185,7 +189,7 @@ class Network(nn.Module):
                 raise ValueError("this network has a positional encoding; `tokens.positions` is needed")
             for_fovs = [(self.positional(p.features, p.edge_index, generator), p.rows) for p in tokens.positions]
             x = x + torch.cat([encoded if rows is None else encoded[rows] for encoded, rows in for_fovs])
-        x = self.encoder(x, tokens.lengths)
+        x = self.encoder(x, tokens.lengths, tokens.edge_index)
         latent, divergence = self.latent(x), None
         decode_from = latent
         if self.latent_log_variance is not None:

@@ -37,6 +37,9 @@ class PositionalEncoding(nn.Module, ABC):
     """Whether `forward` reads `edge_index`, so that its rows must be all cells of each FOV. Otherwise every row is
     encoded by itself, and callers may leave rows out."""
 
+    needs_tokens: ClassVar[bool] = False
+    """Whether `forward` reads `token_features`, and `edge_index` as the graph between the tokens."""
+
     def __init__(self, dim: int, k: int = 10) -> None:
         super().__init__()
         self.dim = dim
@@ -108,6 +111,11 @@ class PositionalSum(nn.Module):
     def needs_graph(self) -> bool:
         """Whether any of the encodings needs the graph of whole FOVs."""
         return any(encoding.needs_graph for encoding in self)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether any of the encodings needs the tokens and the graph between them."""
+        return any(encoding.needs_tokens for encoding in self)
 
     def features(self, data: Data) -> dict[str, Tensor]:
         """Compute the features of all encodings for one FOV, once for those that share them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -38,6 +38,7 @@ def impute(
     masking: str | Sequence[str] | None = "auto",
     n_latent: int | None = None,
     max_epochs: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     graph: Literal["knn", "delaunay", "radius"] = "knn",
     n_neighbors: int = 6,
     radius: float | None = None,
@@ -102,6 +103,9 @@ def impute(
     max_epochs
         Passes over all cells; by default as many as the number of training steps of ``quality`` takes. Training stops
         earlier when the score on held-out counts no longer improves.
+    settings
+        Every other choice by name, for method work: a dictionary with entries such as ``{"hops": 0, "dropout": 0.1,
+        "dispersion": "entry"}``; ``docs/settings.md`` lists them.
     graph, n_neighbors, radius
         Spatial graph: ``"knn"`` with ``n_neighbors``, ``"delaunay"``, or ``"radius"`` (in the unit of the coordinates).
     tile_size
@@ -205,6 +209,7 @@ def impute(
         masking=masking,
         n_latent=n_latent,
         max_epochs=max_epochs,
+        settings=settings,
         graph=graph,
         n_neighbors=n_neighbors,
         radius=radius,

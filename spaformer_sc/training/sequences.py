@@ -10,9 +10,10 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch_geometric.utils import subgraph
 
 from spaformer_sc.data._fields import FieldOfView
-from spaformer_sc.nn.masking import CORRUPTIONS, Corrupted, MaskingRates, SparseCounts, depth
+from spaformer_sc.nn.masking import CORRUPTIONS, Corrupted, MaskingRates, MaskingSchedule, SparseCounts, depth
 from spaformer_sc.nn.network import Positions, Tokens, normalise
 
 BUFFER_BYTES = 400 * 2**20
@@ -114,7 +115,58 @@ def _positions(fov: FieldOfView, rows: Tensor, needs: str, device: torch.device)
     return Positions({name: feature[rows].to(device) for name, feature in fov.features.items()}, None, None)
 
 
-def collate(pieces: Sequence[tuple[View, Tensor]], *, positional: str | None, device: torch.device) -> Batch:
+def windows(
+    positions: NDArray[np.float32], rows: NDArray[np.int64], n_parts: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Cut cells into compact windows of about equal numbers, by halving along the longer side at a random angle.
+
+    Parameters
+    ----------
+    positions
+        Positions of all cells (cells, 2 or 3); the first two axes are used.
+    rows
+        Cells to divide.
+    n_parts
+        Number of windows.
+    generator
+        Draws the angle.
+    """
+    angle = float(torch.rand((), generator=generator)) * np.pi
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    turned = positions[:, :2] @ turn
+
+    def halve(part: NDArray[np.int64], n: int) -> list[NDArray[np.int64]]:
+        if n == 1:
+            return [part]
+        axis = int(np.ptp(turned[part], axis=0).argmax())
+        ordered = part[np.argsort(turned[part, axis], kind="stable")]
+        cut = len(part) * (n // 2) // n
+        return halve(ordered[:cut], n // 2) + halve(ordered[cut:], n - n // 2)
+
+    return [torch.from_numpy(part) for part in halve(rows, n_parts)]
+
+
+def token_graph(pieces: Sequence[tuple[FieldOfView, Tensor]]) -> Tensor:
+    """Spatial graph (2, edges) between the tokens of a batch: edges of a FOV whose two cells are both tokens.
+
+    Parameters
+    ----------
+    pieces
+        FOVs and the rows of each that are tokens, in the order of the tokens.
+    """
+    parts, start = [], 0
+    for fov, rows in pieces:
+        edges, _ = subgraph(rows, fov.edge_index, num_nodes=fov.n_cells)
+        place = torch.empty(fov.n_cells, dtype=torch.int64)
+        place[rows] = torch.arange(start, start + len(rows))
+        parts.append(place[edges])
+        start += len(rows)
+    return torch.cat(parts, dim=1)
+
+
+def collate(
+    pieces: Sequence[tuple[View, Tensor]], *, positional: str | None, graph: bool, device: torch.device
+) -> Batch:
     """Join rows of several FOVs to one ragged batch on ``device``.
 
     Parameters
@@ -123,6 +175,8 @@ def collate(pieces: Sequence[tuple[View, Tensor]], *, positional: str | None, de
         Pairs of a view and the rows of it that become tokens.
     positional
         What the positional encodings need: ``"graph"`` (whole FOVs), ``"rows"`` (tokens alone), or None without any.
+    graph
+        Whether the network reads the spatial graph between the tokens.
     device
         Where the batch goes.
     """
@@ -146,6 +200,7 @@ def collate(pieces: Sequence[tuple[View, Tensor]], *, positional: str | None, de
         visible=masks("visible"),
         lengths=[len(rows) for _, rows in pieces],
         positions=None if positional is None else [_positions(v.fov, rows, positional, device) for v, rows in pieces],
+        edge_index=token_graph([(v.fov, rows) for v, rows in pieces]).to(device) if graph else None,
     )
     return Batch(
         tokens,
@@ -160,10 +215,10 @@ def collate(pieces: Sequence[tuple[View, Tensor]], *, positional: str | None, de
 class Sampler:
     """Draws the batches of an epoch.
 
-    A large FOV is dealt at random into sequences of about ``tokens_per_step`` cells, small FOVs are put together, so
-    that the number of steps in an epoch depends on the number of cells and not on how the slide was imaged. Random
-    subsets, not windows: attention over a subset is an unbiased estimate of attention over the FOV, which is what
-    prediction uses. Neighbour means always come from the whole FOV.
+    A large FOV is divided into sequences of about ``tokens_per_step`` cells, small FOVs are put together, so that the
+    number of steps in an epoch depends on the number of cells and not on how the slide was imaged. Sequences are random
+    subsets, because attention over a subset is an unbiased estimate of attention over the FOV, which is what prediction
+    uses; or windows of cells that lie together, which keep the graph. Neighbour means always come from the whole FOV.
 
     Attributes
     ----------
@@ -172,23 +227,27 @@ class Sampler:
     corruptions
         Names in :data:`~spaformer_sc.nn.masking.CORRUPTIONS`; each FOV draws one of them in each epoch.
     rates
-        Rates of the corruptions.
+        Rates of the corruptions over the training.
     gene_share
         Mean share of each gene (genes,).
     target_sum
         Depth that expression is normalised to.
-    positional
+    positional, graph
         As in :func:`collate`.
+    windows
+        Divide a FOV into windows in place of random subsets.
     device
         Where the batches go.
     """
 
     tokens_per_step: int | None
     corruptions: tuple[str, ...]
-    rates: MaskingRates
+    rates: MaskingSchedule
     gene_share: Tensor
     target_sum: float
     positional: str | None
+    graph: bool
+    windows: bool
     device: torch.device
     buffer_bytes: int = field(default=BUFFER_BYTES)
 
@@ -198,11 +257,11 @@ class Sampler:
             return len(data)
         return max(1, round(sum(int(s.fov.own.sum()) for s in data) / self.tokens_per_step))
 
-    def epoch(self, data: Sequence[FieldCounts], generator: torch.Generator) -> Iterator[Batch]:
-        """Yield the batches of one epoch; every cell is a token once."""
+    def epoch(self, data: Sequence[FieldCounts], generator: torch.Generator, progress: float = 0.0) -> Iterator[Batch]:
+        """Yield the batches of one epoch, every cell a token once, at a ``progress`` from 0 to 1 of the training."""
         order = torch.randperm(len(data), generator=generator).tolist()
         for group in self._groups([data[i] for i in order]):
-            yield from self._group(group, generator)
+            yield from self._group(group, generator, self.rates.at(progress))
 
     def _groups(self, data: Sequence[FieldCounts]) -> Iterator[list[FieldCounts]]:
         """Consecutive FOVs whose corrupted views fit into the buffer together; at least one."""
@@ -218,20 +277,23 @@ class Sampler:
         if group:
             yield group
 
-    def _group(self, group: Sequence[FieldCounts], generator: torch.Generator) -> Iterator[Batch]:
+    def _group(self, group: Sequence[FieldCounts], generator: torch.Generator, rates: MaskingRates) -> Iterator[Batch]:
         pieces: list[tuple[View, Tensor]] = []
         for sequence in group:
             choice = self.corruptions[int(torch.randint(len(self.corruptions), (), generator=generator))]
             measured = None if sequence.measured is None else torch.from_numpy(sequence.measured)
-            corrupted = CORRUPTIONS[choice](sequence.sparse(), measured, self.gene_share, self.rates, generator)
+            corrupted = CORRUPTIONS[choice](sequence.sparse(), measured, self.gene_share, rates, generator)
             whole = view(sequence, corrupted, self.gene_share, self.target_sum)
             own = torch.from_numpy(np.flatnonzero(sequence.fov.own))
-            own = own[torch.randperm(len(own), generator=generator)]
             n_parts = 1 if self.tokens_per_step is None else max(1, round(len(own) / self.tokens_per_step))
-            pieces += [(whole, rows.sort().values) for rows in torch.tensor_split(own, n_parts)]
+            if self.windows:
+                parts = windows(sequence.fov.positions, own.numpy(), n_parts, generator)
+            else:
+                parts = list(torch.tensor_split(own[torch.randperm(len(own), generator=generator)], n_parts))
+            pieces += [(whole, rows.sort().values) for rows in parts]
         order = [pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()]
         for batch in self._pack(order):
-            yield collate(batch, positional=self.positional, device=self.device)
+            yield collate(batch, positional=self.positional, graph=self.graph, device=self.device)
 
     def _pack(self, pieces: list[tuple[View, Tensor]]) -> Iterator[list[tuple[View, Tensor]]]:
         """Put consecutive pieces together to batches of about ``tokens_per_step`` cells."""
@@ -262,6 +324,7 @@ class Sampler:
             positions=None
             if self.positional is None
             else [_positions(sequence.fov, every, self.positional, self.device)],
+            edge_index=sequence.fov.edge_index.to(self.device) if self.graph else None,
         )
 
     def some_whole(self, data: Sequence[FieldCounts], generator: torch.Generator) -> list[tuple[FieldCounts, Tokens]]:
