@@ -13,12 +13,25 @@ PRESETS = ("default", "paper")
 QUALITIES = ("fast", "default", "best")
 OUTPUTS = ("lognorm", "counts", "rate")
 GRAPHS = ("knn", "delaunay", "radius")
-ENCODERS = ("performer", "exact", "mlp")
+ENCODERS = ("performer", "performer_relu", "exact", "gat", "mlp")
 DECODERS = ("gaussian", "poisson", "nb", "zinb")
 DISPERSIONS = ("gene", "gene_fov", "entry")
+DISPERSED = ("nb", "zinb")
+"""Decoders that have a dispersion."""
 COMBINATIONS = ("add", "concat")
 MASKINGS = ("bilevel", "tokens", "features", "thinning", "none")
-POSITIONAL = ("laplacian", "signnet", "random_walk", "patch", "linear", "mlp", "sinusoidal", "fourier")
+POSITIONAL = (
+    "laplacian",
+    "signnet",
+    "random_walk",
+    "patch",
+    "linear",
+    "mlp",
+    "sinusoidal",
+    "fourier",
+    "conditional",
+    "conditional_gat",
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,8 @@ class Settings:
     posterior
         Gamma-Poisson update with the cell's own counts.
     dispersion
-        What the dispersion of ``nb`` and ``zinb`` depends on: ``"gene"``, ``"gene_fov"`` or ``"entry"``.
+        What the dispersion of ``nb`` and ``zinb`` depends on: ``"gene"``; ``"gene_fov"``, by the FOV's name, where a
+        FOV that the fit did not know has that of the gene; or ``"entry"``, decoded from the latent.
     positional_combine
         ``"add"`` positional encodings to the token, or ``"concat"``: concatenate all and map them to a token.
     patch_size
@@ -102,7 +116,7 @@ class Settings:
     n_frequencies
         Frequencies of ``fourier``.
     n_eigenvectors
-        Laplacian eigenvectors of the encodings that use them.
+        Eigenvectors of ``laplacian`` and ``signnet``, steps of ``random_walk``, wavelengths of ``sinusoidal``.
     n_networks
         Networks trained from different seeds and averaged.
     model_sum
@@ -293,7 +307,7 @@ def resolve(
     Raises
     ------
     ValueError
-        For a name that is not among the choices; the message lists them.
+        For a name that is not among the choices, where the message lists them, or for choices that do not go together.
     """
     check_choice("preset", preset, PRESETS)
     check_choice("quality", quality, QUALITIES)
@@ -320,7 +334,13 @@ def resolve(
     if max_epochs is not None:
         chosen = replace(chosen, training=replace(chosen.training, max_epochs=max_epochs))
     chosen = replace(chosen, variational=bool(variational), masking_is_auto=masking == "auto")
-    return with_advanced(chosen, settings)
+    chosen = with_advanced(chosen, settings)
+    if chosen.dispersion != "gene" and chosen.decoder not in DISPERSED:
+        raise ValueError(
+            f"`settings['dispersion']={chosen.dispersion!r}` needs a decoder with a dispersion, not "
+            f"decoder={chosen.decoder!r}; choose one of {', '.join(DISPERSED)}, or leave `dispersion` at 'gene'."
+        )
+    return chosen
 
 
 def with_missing(settings: Settings, missing: bool) -> Settings:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .data._fields import FieldOfView
     from .nn.network import Network, NetworkConfig, Output, Tokens
-    from .positional import PositionalSum
+    from .positional import CombinedEncodings
     from .training.sequences import FieldCounts, Sampler
 
 VALIDATION_SHARE = 0.05
@@ -34,9 +34,6 @@ VALIDATION_SHARE = 0.05
 
 TEST_SHARE = 0.05
 """Share of the transcripts that the scores are measured on; neither training nor stopping sees them."""
-
-GRAPH_ENCODINGS = frozenset({"laplacian", "signnet", "random_walk"})
-"""Positional encodings that see no further than a connected component of the spatial graph."""
 
 AS_FITTED = "as fitted"
 """Default of arguments that say where data are found: as in the fit."""
@@ -174,6 +171,7 @@ class SpaFormer:
         self._model_sum: float = float("nan")
         self._gene_share: NDArray[np.float32] | None = None
         self._fractional = False
+        self._fovs: tuple[str, ...] = ()
         self._networks: list[Network] = []
 
     def __repr__(self) -> str:
@@ -293,6 +291,8 @@ class SpaFormer:
         kept = 1 - VALIDATION_SHARE - TEST_SHARE
         self._model_sum = self.settings.model_sum or max(1.0, kept * self.target_sum)
         self.graph_summary = loaded.graph_summary
+        by_fov = self.settings.dispersion == "gene_fov"
+        self._fovs = tuple(dict.fromkeys(f.image for f in loaded.fields)) if by_fov else ()
         data = sequences(loaded.fields, split.train, loaded.missing)
         sampler = self._sampler(device)
         n_networks = self.settings.n_networks
@@ -416,10 +416,7 @@ class SpaFormer:
             target_sum = _checks.check_positive("target_sum", target_sum)
         _checks.check_adata(adata)
         asked = np.arange(adata.n_vars) if genes is None else _checks.check_genes(adata, genes)
-        columns = self._columns(adata)
-        doubtful: Literal["refuse", "warn"] = "warn" if self._fractional else "refuse"
-        counts = _checks.read_counts(adata, keys.layer, transformed=doubtful)[:, columns].tocsr()
-        loaded = self._load(adata, counts, keys, columns)
+        loaded, columns = self._read(adata, keys)
         position = {int(column): i for i, column in enumerate(columns)}
         known = np.array([position.get(int(column), -1) for column in asked], dtype=np.int64)
         prediction = self._predict_loaded(
@@ -556,6 +553,13 @@ class SpaFormer:
             )
         return np.asarray(columns, dtype=np.int64)
 
+    def _read(self, adata: AnnData, keys: DataKeys) -> tuple[Loaded, NDArray[np.int64]]:
+        """Take apart data for the fitted model; also the columns of ``adata`` that hold the model's genes."""
+        columns = self._columns(adata)
+        doubtful: Literal["refuse", "warn"] = "warn" if self._fractional else "refuse"
+        counts = _checks.read_counts(adata, keys.layer, transformed=doubtful)[:, columns].tocsr()
+        return self._load(adata, counts, keys, columns), columns
+
     def _load(
         self, adata: AnnData, counts: sp.csr_matrix, keys: DataKeys, columns: NDArray[np.int64] | None = None
     ) -> Loaded:
@@ -579,6 +583,7 @@ class SpaFormer:
         given = None
         if keys.connectivity_key is not None:
             given = given_graph(_checks.check_connectivities(adata, keys.connectivity_key), codes)
+        positional = self._positional()
         fields, summary = fields_of_view(
             coordinates,
             codes,
@@ -587,9 +592,9 @@ class SpaFormer:
             given=given,
             n_rings=self.settings.hops,
             tile_size=self.tile_size,
-            encode=self._encode(),
+            encode=None if positional is None else positional.features,
         )
-        if summary["n_components"] > 2 * len(names) and not GRAPH_ENCODINGS.isdisjoint(self.settings.positional):
+        if positional is not None and positional.reads_components and summary["n_components"] > 2 * len(names):
             logger.warning(
                 "the spatial graph falls apart: %d connected components in %d fields of view, and graph encodings see "
                 "one component only. Use a larger `n_neighbors` or `radius`, or graph='delaunay'.",
@@ -606,18 +611,22 @@ class SpaFormer:
             raise ValueError("this SpaFormer is not fitted; call `.fit(adata)` first.")
         return self._gene_share
 
-    def _positional(self, seed: int = 0) -> PositionalSum | None:
-        if not self.settings.positional:
+    def _positional(self, seed: int = 0) -> CombinedEncodings | None:
+        s = self.settings
+        if not s.positional:
             return None
         from .nn.seeding import seeded
         from .positional import build_positional
 
         with seeded(seed):
-            return build_positional(self.settings.positional, self.settings.dim, k=self.settings.n_eigenvectors)
-
-    def _encode(self) -> Any:
-        module = self._positional()
-        return None if module is None else module.features
+            return build_positional(
+                s.positional,
+                s.dim,
+                k=s.n_eigenvectors,
+                n_frequencies=s.n_frequencies,
+                patch_size=s.patch_size,
+                combine=s.positional_combine,
+            )
 
     def _network_config(self) -> NetworkConfig:
         from .nn.network import NetworkConfig
@@ -637,6 +646,8 @@ class SpaFormer:
             posterior=s.posterior,
             dropout=s.dropout,
             target_sum=self._model_sum,
+            dispersion=s.dispersion,
+            fovs=self._fovs,
         )
 
     def _new_network(self, number: int) -> Network:
@@ -726,6 +737,7 @@ class SpaFormer:
             "target_sum": self.target_sum,
             "model_sum": self._model_sum,
             "fractional": self._fractional,
+            "fovs": list(self._fovs),
             "scores": self.scores,
             "gene_scores": {name: self.gene_scores[name].tolist() for name in self.gene_scores},
             "history": self.history,
@@ -774,6 +786,7 @@ class SpaFormer:
             model.target_sum = float(description["target_sum"])
             model._model_sum = float(description["model_sum"])
             model._fractional = bool(description["fractional"])
+            model._fovs = tuple(str(name) for name in description.get("fovs", []))
             model.scores, model.history = description["scores"], description["history"]
             model.graph_summary = description["graph_summary"]
             model._gene_share = weights.pop("gene_share").numpy()

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from spaformer_sc.nn.attention import ATTENTION, ExactAttention, PerformerAttention, orthogonal_features
+from spaformer_sc.nn.attention import (
+    ATTENTION,
+    ExactAttention,
+    GraphAttention,
+    PerformerAttention,
+    orthogonal_features,
+)
 
 DIM, HEADS = 24, 3
 KINDS = [
@@ -197,14 +203,69 @@ def test_redraw_changes_the_features_only_and_repeatably() -> None:
 def test_kinds_start_from_the_same_weights() -> None:
     """Drawing random features does not move the random numbers of the weights."""
     states = []
-    for make in ATTENTION.values():
+    for name in ("exact", "performer", "performer_relu"):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            states.append((dict(make(DIM, HEADS).named_parameters()), torch.random.get_rng_state()))
-    (a, end_a), (b, end_b) = states
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert torch.equal(end_a, end_b)
+            states.append((dict(ATTENTION[name](DIM, HEADS).named_parameters()), torch.random.get_rng_state()))
+    a, end_a = states[0]
+    for b, end_b in states[1:]:
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert torch.equal(end_a, end_b)
+
+
+def test_the_registry_knows_both_kernels() -> None:
+    kernels = {name: getattr(make(DIM, HEADS), "kernel", None) for name, make in ATTENTION.items()}
+    assert kernels == {"performer": "softmax", "performer_relu": "relu", "exact": None, "gat": None}
+
+
+def graph(n: int, share: float, seed: int = 0) -> Tensor:
+    """Symmetric random graph without self-loops in which token 0 has no neighbours."""
+    upper = (torch.rand(n, n, generator=generator(seed)) < share).triu(1)
+    upper[0] = False
+    return (upper | upper.T).nonzero().T
+
+
+@torch.no_grad()
+def test_graph_attention_is_that_of_the_paper() -> None:
+    """Equation 7 of Brody et al. 2022 written out cell by cell in double."""
+    module, x = seeded(GraphAttention(DIM, HEADS)), tokens(15)
+    edge_index = graph(15, 0.25)
+    into = {i: sorted({i, *edge_index[0, edge_index[1] == i].tolist()}) for i in range(15)}
+    assert into[0] == [0]
+    assert max(map(len, into.values())) > 3
+    conv, h = module.graph, x.double()
+    of_cell = h @ conv.lin_r.weight.double().T + conv.lin_r.bias.double()
+    of_neighbour = h @ conv.lin_l.weight.double().T + conv.lin_l.bias.double()
+    rows = []
+    for i, sources in into.items():
+        parts = []
+        for head in range(HEADS):
+            part = slice(head * DIM // HEADS, (head + 1) * DIM // HEADS)
+            summed = [of_cell[i, part] + of_neighbour[j, part] for j in sources]
+            scores = [float((s.where(s > 0, 0.2 * s) * conv.att[0, head].double()).sum()) for s in summed]
+            weights = [math.exp(s) / sum(map(math.exp, scores)) for s in scores]
+            parts.append(sum(w * of_neighbour[j, part] for w, j in zip(weights, sources, strict=True)))
+        rows.append(torch.cat(parts) + conv.bias.double())
+    expected = torch.stack(rows) @ module.out.weight.double().T + module.out.bias.double()
+    torch.testing.assert_close(module(x, [15], edge_index).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_self_loops_in_the_graph_make_no_difference_to_graph_attention() -> None:
+    module, x, edge_index = seeded(GraphAttention(DIM, HEADS)), tokens(15), graph(15, 0.25)
+    looped = torch.cat([edge_index, torch.arange(6).expand(2, 6)], dim=1)
+    torch.testing.assert_close(module(x, [15], looped), module(x, [15], edge_index))
+
+
+def test_without_edges_graph_attention_maps_each_token_by_itself() -> None:
+    module, x = seeded(GraphAttention(DIM, HEADS)), tokens(4)
+    value = module.graph.lin_l(x) + module.graph.bias
+    torch.testing.assert_close(module(x, [4], torch.empty(2, 0, dtype=torch.int64)), module.out(value))
+
+
+def test_graph_attention_without_a_graph_is_refused() -> None:
+    with pytest.raises(ValueError, match="`edge_index` is None"):
+        GraphAttention(DIM, HEADS)(tokens(3), [3])
 
 
 def test_features_are_orthogonal_in_blocks() -> None:
@@ -249,6 +310,8 @@ def test_wrong_lengths_are_refused(lengths: list[int]) -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="`n_heads=5` does not divide `dim=24`"):
         ExactAttention(DIM, 5)
+    with pytest.raises(ValueError, match="`n_heads=5` does not divide `dim=24`"):
+        GraphAttention(DIM, 5)
     with pytest.raises(ValueError, match="`n_features=0` must be at least 1"):
         PerformerAttention(DIM, HEADS, n_features=0)
     with pytest.raises(ValueError, match="`kernel='cosine'` is unknown"):

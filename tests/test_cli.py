@@ -91,7 +91,8 @@ OPTIONS = {  # option and value on the command line: argument and value of `tl.i
     ("--masking", "bilevel,thinning"): ("masking", ["bilevel", "thinning"]),
     ("--n-latent", "9"): ("n_latent", 9),
     ("--set", "hops=0", "--set", "dispersion=entry", "--set", "thinning=[0.4, 0.6]"): (
-        "settings", {"hops": 0, "dispersion": "entry", "thinning": [0.4, 0.6]}
+        "settings",
+        {"hops": 0, "dispersion": "entry", "thinning": [0.4, 0.6]},
     ),
     ("--graph", "radius"): ("graph", "radius"),
     ("--n-neighbors", "9"): ("n_neighbors", 9),

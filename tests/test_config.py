@@ -11,7 +11,7 @@ import pytest
 
 from spaformer_sc import _config
 from spaformer_sc._config import PAPER, Settings, Training, resolve, with_missing
-from spaformer_sc.nn.decoders import DECODERS
+from spaformer_sc.nn.decoders import DECODERS, NegativeBinomialDecoder
 from spaformer_sc.nn.encoder import ENCODERS
 from spaformer_sc.nn.masking import CORRUPTIONS
 from spaformer_sc.positional import POSITIONAL
@@ -27,6 +27,19 @@ def test_the_names_are_those_of_the_registries() -> None:
     assert set(_config.DECODERS) == set(DECODERS)
     assert set(_config.MASKINGS) == set(CORRUPTIONS)
     assert set(_config.POSITIONAL) == set(POSITIONAL)
+    dispersed = {name for name, decoder in DECODERS.items() if issubclass(decoder, NegativeBinomialDecoder)}
+    assert set(_config.DISPERSED) == dispersed
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("dispersion", _config.DISPERSIONS)
+def test_a_dispersion_is_refused_by_decoders_without_one(decoder: str, dispersion: str) -> None:
+    given = {**AUTO, "decoder": decoder, "settings": {"dispersion": dispersion}}
+    if dispersion == "gene" or decoder in ("nb", "zinb"):
+        assert resolve(**given).dispersion == dispersion
+    else:
+        with pytest.raises(ValueError, match=f"'dispersion'.*decoder='{decoder}'.*nb, zinb"):
+            resolve(**given)
 
 
 def test_explicit_arguments_win_over_the_preset() -> None:
@@ -80,7 +93,7 @@ def test_unknown_choices_name_the_argument(argument: str, value: object) -> None
 
 def test_advanced_settings_reach_model_and_training() -> None:
     given = {"hops": 0, "dispersion": "entry", "masked_tokens": [0.1, 0.6], "windows": True, "patch_size": 50}
-    settings = resolve(**AUTO, settings=given)
+    settings = resolve(**{**AUTO, "decoder": "nb"}, settings=given)
     assert (settings.hops, settings.dispersion, settings.patch_size) == (0, "entry", 50.0)
     assert (settings.training.masked_tokens, settings.training.windows) == ((0.1, 0.6), True)
     assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings

@@ -13,11 +13,14 @@ N, G, L = 7, 11, 5
 COUNTS = ("poisson", "nb", "zinb")
 
 
-def make(name: str, *, posterior: bool = False):
+def make(name: str, *, posterior: bool = False, dispersion: str = "gene", n_fovs: int = 0):
     share = torch.rand(G, generator=torch.Generator().manual_seed(0)) + 0.1
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return DECODERS[name](L, 16, G, gene_share=share / share.sum(), posterior=posterior, target_sum=40.0)
+        return DECODERS[name](
+            L, 16, G, gene_share=share / share.sum(), posterior=posterior, target_sum=40.0, dispersion=dispersion,
+            n_fovs=n_fovs,
+        )  # fmt: skip
 
 
 @pytest.fixture
@@ -159,3 +162,94 @@ def test_every_count_decoder_starts_at_the_gene_means(inputs) -> None:
             decoder.logits.weight.zero_()
         share = decoder(*inputs).expression
         torch.testing.assert_close(share, torch.softmax(decoder.logits.bias, 0).expand(N, G))
+
+
+FOVS = torch.tensor([0, 0, 1, -1, 1, 2, -1])
+
+
+def dispersed(name: str, dispersion: str):
+    """A decoder with a dispersion that differs between genes, FOVs and entries, and what it says in float64."""
+    decoder = make(name, dispersion=dispersion, n_fovs=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        decoder.log_dispersion.normal_(0.5, 1.0, generator=generator)
+        if dispersion == "gene_fov":
+            decoder.fov_log_dispersion.normal_(0.0, 1.0, generator=generator)
+        if dispersion == "entry":
+            decoder.entry_dispersion.normal_(0.0, 1.0, generator=generator)
+    return decoder
+
+
+@torch.no_grad()
+def sizes(decoder, dispersion: str, latent: torch.Tensor) -> np.ndarray:
+    """Inverse dispersion of every entry, one by one."""
+    hidden = decoder.hidden(latent)
+    found = np.empty((N, G))
+    for i in range(N):
+        for g in range(G):
+            value = decoder.log_dispersion[g]
+            if dispersion == "gene_fov" and FOVS[i] >= 0:
+                value = value + decoder.fov_log_dispersion[FOVS[i], g]
+            if dispersion == "entry":
+                value = value + (hidden[i] * decoder.entry_dispersion[g]).sum()
+            found[i, g] = float(value.exp())
+    return found
+
+
+@pytest.mark.parametrize("dispersion", ["gene", "gene_fov", "entry"])
+@pytest.mark.parametrize("name", ["nb", "zinb"])
+def test_likelihood_and_expectation_are_those_of_the_dispersion(name: str, dispersion: str, inputs) -> None:
+    decoder = dispersed(name, dispersion)
+    size = sizes(decoder, dispersion, inputs[0])
+    assert (np.ptp(size, axis=0) > 0.1).all() == (dispersion != "gene")
+    decoded = decoder(*inputs, FOVS)
+    target = torch.poisson(torch.full((N, G), 2.0), generator=torch.Generator().manual_seed(8))
+    depth, target_sum = torch.linspace(20, 40, N), 40.0
+    mean = decoded.expression.detach().double().numpy() * depth.numpy()[:, None]
+    zero = torch.sigmoid(decoded.zero_logits).detach().double().numpy() if name == "zinb" else np.zeros((N, G))
+    x = target.numpy()
+    want = np.log(zero * (x == 0) + (1 - zero) * stats.nbinom.pmf(x, size, size / (size + mean)))
+    got = decoder.log_likelihood(decoded, target, depth).detach().numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+    # Cut where even the broadest of these distributions has nothing left.
+    k = np.arange(4000)[:, None, None]
+    pmf = (1 - zero) * stats.nbinom.pmf(k, size, size / (size + mean))
+    assert pmf.sum(0).min() > 0.999 * (1 - zero).min()
+    lognorm = (pmf * np.log1p(k * target_sum / depth.numpy()[:, None])).sum(0)
+    np.testing.assert_allclose(decoder.lognorm(decoded, depth, target_sum).detach().numpy(), lognorm, rtol=2e-3)
+
+
+@pytest.mark.parametrize("dispersion", ["gene_fov", "entry"])
+@pytest.mark.parametrize("name", ["nb", "zinb"])
+def test_every_dispersion_starts_as_that_of_the_gene(name: str, dispersion: str, inputs) -> None:
+    plain, decoder = make(name), make(name, dispersion=dispersion, n_fovs=3)
+    for parameter, value in plain.state_dict().items():
+        assert torch.equal(decoder.state_dict()[parameter], value), parameter
+    target = torch.ones(N, G)
+    depth = torch.full((N,), 25.0)
+    want = plain.log_likelihood(plain(*inputs), target, depth)
+    assert torch.equal(decoder.log_likelihood(decoder(*inputs, FOVS), target, depth), want)
+
+
+def test_a_dispersion_per_fov_learns_from_its_own_fov(inputs) -> None:
+    decoder = make("nb", dispersion="gene_fov", n_fovs=3)
+    fov = torch.tensor([1, 1, 1, -1, -1, 1, 1])
+    decoder.log_likelihood(decoder(*inputs, fov), torch.ones(N, G), torch.full((N,), 25.0)).sum().backward()
+    gradient = decoder.fov_log_dispersion.grad
+    assert bool((gradient[1] != 0).all())
+    assert not bool(gradient[[0, 2]].any())
+
+
+def test_a_dispersion_per_fov_needs_the_fov(inputs) -> None:
+    with pytest.raises(ValueError, match="needs `fov`"):
+        make("nb", dispersion="gene_fov", n_fovs=3)(*inputs)
+
+
+def test_an_extreme_dispersion_per_entry_stays_finite(inputs) -> None:
+    for weight in (-1e6, 1e6):
+        decoder = make("nb", dispersion="entry")
+        with torch.no_grad():
+            decoder.entry_dispersion.fill_(weight)
+        decoded = decoder(*inputs)
+        assert bool(torch.isfinite(decoder.log_likelihood(decoded, torch.ones(N, G), torch.full((N,), 25.0))).all())
+        assert bool(torch.isfinite(decoder.lognorm(decoded, torch.full((N,), 25.0), 40.0)).all())

@@ -238,10 +238,7 @@ def test_the_graph_between_tokens_is_that_of_the_field_of_view() -> None:
     owner = [(0, int(i)) for i in pieces[0][1]] + [(1, int(i)) for i in pieces[1][1]]
     graphs = [{tuple(edge) for edge in piece[0].edge_index.T.tolist()} for piece in pieces]
     expected = {
-        (i, j)
-        for i, (f, a) in enumerate(owner)
-        for j, (g, b) in enumerate(owner)
-        if f == g and (a, b) in graphs[f]
+        (i, j) for i, (f, a) in enumerate(owner) for j, (g, b) in enumerate(owner) if f == g and (a, b) in graphs[f]
     }
     assert edges == expected
     assert edges

@@ -11,15 +11,19 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch_geometric.data import Data
 
+from spaformer_sc.nn.network import Positions
 from spaformer_sc.positional import (
     POSITIONAL,
     LaplacianEncoding,
+    PositionalEncoding,
     SignNetEncoding,
     build_positional,
     laplacian_eigenvectors,
 )
 
 DIM, K = 12, 6
+FIXED = [name for name, encoding in POSITIONAL.items() if not encoding.needs_tokens]
+"""Encodings of places alone; those that depend on tokens are in `test_conditional.py`."""
 
 
 def symmetric(pairs: object) -> Tensor:
@@ -220,10 +224,11 @@ def fov(n: int, seed: int = 0) -> Data:
     return Data(edge_index=tissue(n, seed), pos=pos, num_nodes=n)
 
 
-def make(name: str, seed: int = 0) -> torch.nn.Module:
+def make(name: str, seed: int = 0) -> PositionalEncoding:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return POSITIONAL[name](DIM, K).eval()
+        (encoding,) = build_positional(name, DIM, k=K, n_frequencies=K)
+        return encoding.eval()
 
 
 def batch(module: torch.nn.Module, fovs: list[Data]) -> tuple[dict[str, Tensor], Tensor, list[int]]:
@@ -236,7 +241,7 @@ def batch(module: torch.nn.Module, fovs: list[Data]) -> tuple[dict[str, Tensor],
     )
 
 
-@pytest.mark.parametrize("name", POSITIONAL)
+@pytest.mark.parametrize("name", FIXED)
 def test_registry_names_features_and_shapes(name: str) -> None:
     module = make(name)
     assert type(module).name == name
@@ -247,7 +252,7 @@ def test_registry_names_features_and_shapes(name: str) -> None:
     assert module(features, data.edge_index).shape == (30, DIM)
 
 
-@pytest.mark.parametrize("name", POSITIONAL)
+@pytest.mark.parametrize("name", FIXED)
 def test_encoding_does_not_depend_on_batch_mates(name: str) -> None:
     module = make(name)
     tiny = [Data(edge_index=path(n), pos=torch.ones(n, 2), num_nodes=n) for n in (1, 3)]
@@ -259,7 +264,7 @@ def test_encoding_does_not_depend_on_batch_mates(name: str) -> None:
         assert torch.isfinite(rows).all()
 
 
-@pytest.mark.parametrize("name", POSITIONAL)
+@pytest.mark.parametrize("name", FIXED)
 def test_encoding_is_permutation_equivariant(name: str) -> None:
     module, data = make(name), fov(40)
     features = module.features(data)
@@ -269,7 +274,7 @@ def test_encoding_is_permutation_equivariant(name: str) -> None:
     torch.testing.assert_close(moved[order], module(features, data.edge_index), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", POSITIONAL)
+@pytest.mark.parametrize("name", FIXED)
 def test_encoding_has_finite_gradients_for_all_its_weights(name: str) -> None:
     module = make(name).train()
     features, edge_index, lengths = batch(
@@ -281,7 +286,7 @@ def test_encoding_has_finite_gradients_for_all_its_weights(name: str) -> None:
         assert parameter.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", POSITIONAL)
+@pytest.mark.parametrize("name", FIXED)
 def test_encoding_under_autocast(name: str) -> None:
     module, data = make(name), fov(30)
     features = module.features(data)
@@ -339,7 +344,7 @@ def test_signnet_without_graph_is_refused() -> None:
 
 
 def test_laplacian_flips_signs_per_fov_in_training_only() -> None:
-    module = LaplacianEncoding(K, K)
+    module = LaplacianEncoding(K, k=K)
     with torch.no_grad():
         module.linear.weight.copy_(torch.eye(K))
     features, edge_index, lengths = batch(module, [fov(20), fov(30, 1), fov(25, 2)])
@@ -370,25 +375,79 @@ def test_isolated_cell_is_encoded_as_zero_by_laplacian() -> None:
     assert (module(module.features(Data(edge_index=path(1), num_nodes=1))) == 0).all()
 
 
-# --- sums -------------------------------------------------------------------------------------------------------------
+# --- several together -------------------------------------------------------------------------------------------------
 
 
-def test_sum_adds_its_encodings_and_computes_shared_features_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def place(module: torch.nn.Module, data: Data) -> Positions:
+    return Positions(module.features(data), data.edge_index, None)
+
+
+def test_encodings_are_added_and_shared_features_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build_positional(["laplacian", "signnet"], DIM, k=K).eval()
     assert module.needs_graph
     data = fov(30)
+    tokens = torch.randn(30, DIM, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(SignNetEncoding, "features", lambda self, data: pytest.fail("computed twice"))
     features = module.features(data)
-    expected = sum(encoding(features, data.edge_index) for encoding in module.encodings.values())
-    torch.testing.assert_close(module(features, data.edge_index), expected)
+    expected = tokens + sum(encoding(features, data.edge_index) for encoding in module.encodings.values())
+    torch.testing.assert_close(module(tokens, [Positions(features, data.edge_index, None)]), expected)
+
+
+@pytest.mark.parametrize("combine", ["add", "concat"])
+def test_fields_of_a_batch_and_rows_of_a_field(combine: str) -> None:
+    """Each FOV is encoded whole by itself; where its graph is needed, rows pick its tokens."""
+    module = build_positional(["signnet", "linear"], DIM, k=K, combine=combine).eval()
+    fovs = [fov(20), fov(15, 1)]
+    rows = [torch.tensor([4, 7, 11]), torch.tensor([0, 3])]
+    tokens = torch.randn(35, DIM, generator=torch.Generator().manual_seed(0))
+    whole = [module(part, [place(module, data)]) for part, data in zip(tokens.split([20, 15]), fovs)]
+    torch.testing.assert_close(module(tokens, [place(module, data) for data in fovs]), torch.cat(whole))
+    some = [Positions(module.features(data), data.edge_index, r) for data, r in zip(fovs, rows)]
+    picked = torch.cat([part[r] for part, r in zip(tokens.split([20, 15]), rows)])
+    expected = torch.cat([part[r] for part, r in zip(whole, rows)])
+    torch.testing.assert_close(module(picked, some), expected)
+
+
+def test_concatenation_is_a_linear_map_of_token_and_encodings() -> None:
+    module = build_positional(["laplacian", "patch", "fourier"], DIM, k=K, combine="concat").eval()
+    data, tokens = fov(30), torch.randn(30, DIM, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(module.mix.weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(module.mix.bias, generator=torch.Generator().manual_seed(2))
+    blocks = module.mix.weight.split(DIM, dim=1)
+    parts = [tokens, *(encoding(encoding.features(data), data.edge_index) for encoding in module)]
+    expected = sum(part @ block.T for part, block in zip(parts, blocks, strict=True)) + module.mix.bias
+    torch.testing.assert_close(module(tokens, [place(module, data)]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [16, 128])
+def test_concatenation_starts_as_the_token_with_little_beside_it(dim: int) -> None:
+    names = ["laplacian", "sinusoidal"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = build_positional(names, dim, combine="concat").eval()
+        torch.manual_seed(0)
+        added = build_positional(names, dim).eval()
+    data, tokens = fov(200), torch.randn(200, dim, generator=torch.Generator().manual_seed(0))
+    shift = (module(tokens, [place(module, data)]) - tokens).std()
+    full = (added(tokens, [place(added, data)]) - tokens).std()
+    assert 0.05 < shift / full < 0.2
+    blocks = module.mix.weight.split(dim, dim=1)
+    assert torch.equal(blocks[0], torch.eye(dim))
+    assert not torch.equal(blocks[1], blocks[2])
+    assert (module.mix.bias == 0).all()
 
 
 def test_weights_of_an_encoding_depend_on_no_other() -> None:
     states, after = [], []
-    for names in ("signnet", ["laplacian", "signnet"], ["signnet", "laplacian"]):
+    for names, combine in (
+        ("signnet", "add"),
+        (["laplacian", "signnet"], "add"),
+        (["signnet", "conditional"], "add"),
+        (["signnet", "laplacian"], "concat"),
+    ):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
-            states.append(build_positional(names, DIM, k=K).encodings["signnet"].state_dict())
+            states.append(build_positional(names, DIM, k=K, combine=combine).encodings["signnet"].state_dict())
             after.append(torch.rand(3))
     assert all(torch.equal(state[key], states[0][key]) for state in states[1:] for key in state)
     assert all(torch.equal(numbers, after[0]) for numbers in after[1:])
@@ -398,11 +457,29 @@ def test_weights_of_an_encoding_depend_on_no_other() -> None:
     assert not torch.equal(other["rho.1.weight"], states[0]["rho.1.weight"])
 
 
-def test_sum_of_rows_only_encodings_needs_no_graph() -> None:
+def test_rows_only_encodings_need_no_graph() -> None:
     module = build_positional("laplacian", DIM, k=K)
     assert not module.needs_graph
     features = {name: tensor[::2] for name, tensor in module.features(fov(20)).items()}
-    assert module(features).shape == (10, DIM)
+    assert module(torch.zeros(10, DIM), [Positions(features, None, None)]).shape == (10, DIM)
+
+
+def test_options_reach_the_encodings_they_are_for() -> None:
+    widths = {
+        name: [
+            sum(p.numel() for p in build_positional(name, DIM, **{option: value}).parameters())
+            for option in ("k", "n_frequencies")
+            for value in (3, 5)
+        ]
+        for name in POSITIONAL
+    }
+    for name, (small_k, large_k, few, many) in widths.items():
+        options = POSITIONAL[name].options
+        assert (large_k > small_k) == ("k" in options), name
+        assert (many > few) == ("n_frequencies" in options), name
+    (patch,) = build_positional("patch", DIM, patch_size=7.5)
+    assert patch.patch_size == 7.5
+    assert [name for name in POSITIONAL if "patch_size" in POSITIONAL[name].options] == ["patch"]
 
 
 @pytest.mark.parametrize("names", [[], "fourrier", ["laplacian", "nowhere"], ["laplacian", "laplacian"]])

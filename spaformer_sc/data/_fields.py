@@ -36,7 +36,9 @@ class FieldOfView:
     Attributes
     ----------
     name
-        Name of the FOV.
+        Name of the FOV, or of the tile.
+    image
+        Name of the FOV, also of all its tiles.
     cells
         Rows of the AnnData (n,).
     own
@@ -56,6 +58,7 @@ class FieldOfView:
     """
 
     name: str
+    image: str
     cells: NDArray[np.int64]
     own: NDArray[np.bool_]
     weight: NDArray[np.float32]
@@ -166,6 +169,7 @@ def fields_of_view(
             fields.append(
                 FieldOfView(
                     name=name if len(tiles) == 1 else f"{name}/tile{number}",
+                    image=name,
                     cells=cells[local],
                     own=np.isin(local, part.core),
                     weight=part.weight,

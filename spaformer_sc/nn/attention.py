@@ -1,28 +1,32 @@
-"""Self-attention among the cells of each field of view (FOV), for ragged batches without padding.
+"""Attention among the cells of each field of view (FOV), for ragged batches without padding.
 
 The tokens of a batch lie one FOV after the other in one tensor ``(N, dim)``; ``lengths`` says how many each FOV has.
 FOVs of equal length are computed together, every FOV for itself alone: no token is padded, none is masked, and the
-result of a FOV does not depend on its batch mates.
+result of a FOV does not depend on its batch mates. Graph attention goes along the edges of the spatial graph instead.
 
 References
 ----------
+Brody et al. 2022, "How Attentive are Graph Attention Networks?", ICLR, arXiv 2105.14491.
 Choromanski et al. 2021, "Rethinking Attention with Performers", ICLR, arXiv 2009.14794.
 Vaswani et al. 2017, "Attention Is All You Need", NeurIPS, arXiv 1706.03762.
+Veličković et al. 2018, "Graph Attention Networks", ICLR, arXiv 1710.10903.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_geometric.nn import GATv2Conv
 
-__all__ = ["ATTENTION", "ExactAttention", "PerformerAttention", "orthogonal_features"]
+__all__ = ["ATTENTION", "ExactAttention", "GraphAttention", "PerformerAttention", "orthogonal_features"]
 
 _RELU_FLOOR = 1e-3
 """Added to ReLU features, so that no kernel value is 0 (Choromanski et al. 2021, Appendix A.4)."""
@@ -57,13 +61,17 @@ def orthogonal_features(n_features: int, dim: int, generator: torch.Generator) -
     return features
 
 
+def _check_heads(dim: int, n_heads: int) -> None:
+    if n_heads < 1 or dim % n_heads:
+        raise ValueError(f"`n_heads={n_heads}` does not divide `dim={dim}`; choose a divisor of {dim}.")
+
+
 class _Attention(nn.Module, ABC):
-    """Projections and ragged batching that all kinds of attention share; they differ in `attend` alone."""
+    """Projections and ragged batching that attention to the whole FOV shares; its kinds differ in `attend` alone."""
 
     def __init__(self, dim: int, n_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        if n_heads < 1 or dim % n_heads:
-            raise ValueError(f"`n_heads={n_heads}` does not divide `dim={dim}`; choose a divisor of {dim}.")
+        _check_heads(dim, n_heads)
         self.n_heads = n_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -73,7 +81,7 @@ class _Attention(nn.Module, ABC):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend within each of B sequences of equal length; all shapes are ``(B, n_heads, length, head_dim)``."""
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, lengths: Sequence[int], edge_index: Tensor | None = None) -> Tensor:
         """Let every token attend to all tokens of its own FOV.
 
         Parameters
@@ -82,6 +90,8 @@ class _Attention(nn.Module, ABC):
             Tokens, one FOV after the other, ``(N, dim)``.
         lengths
             Number of tokens of each FOV, each at least 1; they add up to ``N``.
+        edge_index
+            Not used; part of the common signature.
 
         Returns
         -------
@@ -237,7 +247,73 @@ class ExactAttention(_Attention):
         return F.scaled_dot_product_attention(q, k, v)
 
 
-ATTENTION: dict[str, type[PerformerAttention] | type[ExactAttention]] = {
+class GraphAttention(nn.Module):
+    r"""Attention to the cell itself and its neighbours in the spatial graph.
+
+    Graph attention (Veličković et al. 2018, eq. 6) with the dynamic attention of GATv2 (Brody et al. 2022, eq. 7). For
+    the tokens h, in each head, whose results are concatenated and mapped by a linear layer,
+
+    .. math:: f(h)_i = \sum_{j \in N(i) \cup \{i\}} \alpha_{ij} V h_j + b, \quad
+        \alpha_{ij} = \mathrm{softmax}_j\left(a^\top \mathrm{LeakyReLU}(U h_i + V h_j)\right)
+
+    with slope 0.2 below 0. A cell without neighbours attends to itself.
+
+    Parameters
+    ----------
+    dim
+        Width of a token.
+    n_heads
+        Number of heads, a divisor of `dim`.
+
+    Raises
+    ------
+    ValueError
+        If `n_heads` does not divide `dim`.
+    """
+
+    def __init__(self, dim: int, n_heads: int) -> None:
+        super().__init__()
+        _check_heads(dim, n_heads)
+        self.graph = GATv2Conv(dim, dim // n_heads, heads=n_heads)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, lengths: Sequence[int], edge_index: Tensor | None = None) -> Tensor:
+        """Let every token attend to itself and to its neighbours.
+
+        Parameters
+        ----------
+        x
+            Tokens, one FOV after the other, ``(N, dim)``.
+        lengths
+            Not used; part of the common signature.
+        edge_index
+            Graph between the tokens, ``(2, E)`` int64, every edge in both directions, none between FOVs. Self-loops
+            make no difference.
+
+        Returns
+        -------
+        Tokens in the same order, ``(N, dim)``.
+
+        Raises
+        ------
+        ValueError
+            If `edge_index` is None.
+        """
+        if edge_index is None:
+            raise ValueError(
+                "`edge_index` is None, but graph attention needs the edges between the tokens, shape (2, E); "
+                "a batch without edges has shape (2, 0)."
+            )
+        projected: Tensor = self.out(self.graph(x, edge_index))
+        return projected
+
+
+Attention = PerformerAttention | ExactAttention | GraphAttention
+
+ATTENTION: dict[str, Callable[[int, int], Attention]] = {
     "performer": PerformerAttention,
+    "performer_relu": partial(PerformerAttention, kernel="relu"),
     "exact": ExactAttention,
+    "gat": GraphAttention,
 }
+"""Attention by name, to be called with the width of a token and the number of heads."""

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .likelihoods import expected_log1p, gaussian_log_prob, nb_log_prob, poisson_log_prob, zinb_log_prob
 
 _TINY = 1e-12
 _LOG_LIMIT = 12.0
+_LEAST_LOG_DISPERSION = -9.0
+"""The likelihoods are precise for dispersions down to 1e-4."""
 
 
 @dataclass
@@ -31,10 +34,13 @@ class Decoded:
         counts per ``target_sum`` (cells, genes).
     zero_logits
         Logit of the probability of an extra zero (cells, genes); ``zinb`` only.
+    log_dispersion
+        Logarithm of the inverse dispersion, (genes,) or (cells, genes); ``nb`` and ``zinb`` only.
     """
 
     expression: Tensor
     zero_logits: Tensor | None = None
+    log_dispersion: Tensor | None = None
 
 
 def full_depth(share: Tensor, counts: Tensor, measured: Tensor) -> Tensor:
@@ -59,10 +65,21 @@ class CountDecoder(nn.Module):
         concentration is learned (see :meth:`forward`).
     target_sum
         Not used by count decoders; part of the common signature.
+    dispersion, n_fovs
+        Used by decoders with a dispersion; see :class:`NegativeBinomialDecoder`.
     """
 
     def __init__(
-        self, n_latent: int, dim: int, n_genes: int, *, gene_share: Tensor, posterior: bool, target_sum: float
+        self,
+        n_latent: int,
+        dim: int,
+        n_genes: int,
+        *,
+        gene_share: Tensor,
+        posterior: bool,
+        target_sum: float,
+        dispersion: str = "gene",
+        n_fovs: int = 0,
     ) -> None:
         super().__init__()
         self.hidden = nn.Sequential(nn.Linear(n_latent, dim), nn.GELU())
@@ -77,13 +94,29 @@ class CountDecoder(nn.Module):
             nn.init.zeros_(self.concentration.weight)
             nn.init.zeros_(self.concentration.bias)
 
-    def forward(self, latent: Tensor, counts: Tensor, depth: Tensor, visible: Tensor | None) -> Decoded:
+    def forward(
+        self, latent: Tensor, counts: Tensor, depth: Tensor, visible: Tensor | None, fov: Tensor | None = None
+    ) -> Decoded:
         """Decode, and update with the cell's own counts.
 
         With prior rate ``r`` (the network's share), concentration ``k`` and ``x`` transcripts of the gene seen at depth
         ``D``, the posterior mean of the rate under ``rate ~ Gamma(k, k / r)``, ``x ~ Poisson(D * rate)`` is
         ``(k + x) / (k / r + D)`` (SAVER: Huang et al. 2018, eq. 2). The concentration is the gene's own times a factor
         decoded for each entry: it says how sure the network is. Hidden entries keep the prior. Rows are normalised.
+
+        Parameters
+        ----------
+        latent
+            Latent (cells, n_latent).
+        counts
+            Visible counts (cells, genes), 0 where hidden.
+        depth
+            Depth estimated from the visible counts (cells,).
+        visible
+            Which entries are shown (cells, genes), or None when all are.
+        fov
+            Number of the FOV of each cell (cells,) int64, -1 for one that the fit did not know; needed by a dispersion
+            per gene and FOV.
         """
         hidden = self.hidden(latent)
         share = torch.softmax(self.logits(hidden), dim=-1)
@@ -96,13 +129,16 @@ class CountDecoder(nn.Module):
         if zero_logits is not None:
             # Extra zeros take transcripts away; the others make up for them, so that the cell keeps its depth.
             share = share / (share * torch.sigmoid(-zero_logits)).sum(-1, keepdim=True).clamp(min=_TINY)
-        return Decoded(share, zero_logits)
+        return Decoded(share, zero_logits, self._log_dispersion(hidden, fov))
 
     def _zero_logits(self, hidden: Tensor) -> Tensor | None:
         return None
 
-    def log_prob(self, target: Tensor, mean: Tensor, zero_logits: Tensor | None) -> Tensor:
-        """Log-probability of every target count (cells, genes) under its mean."""
+    def _log_dispersion(self, hidden: Tensor, fov: Tensor | None) -> Tensor | None:
+        return None
+
+    def log_prob(self, target: Tensor, mean: Tensor, decoded: Decoded) -> Tensor:
+        """Log-probability of every target count (cells, genes) under its mean and what else was decoded."""
         raise NotImplementedError
 
     def log_likelihood(
@@ -115,7 +151,7 @@ class CountDecoder(nn.Module):
         """
         depth = target_depth if measured is None else full_depth(self.share(decoded), target, measured)
         mean = decoded.expression * depth[:, None]
-        return self.log_prob(target, mean.clamp(min=_TINY), decoded.zero_logits)
+        return self.log_prob(target, mean.clamp(min=_TINY), decoded)
 
     def share(self, decoded: Decoded) -> Tensor:
         """Expected share of each gene in the cell's transcripts (cells, genes), rows sum to 1."""
@@ -131,45 +167,98 @@ class CountDecoder(nn.Module):
         """Return E[log1p(count * target_sum / depth)] (cells, genes); 0 for a cell of depth 0, which is the limit."""
         scale = target_sum / depth.clamp(min=_TINY)[:, None]
         zero = None if decoded.zero_logits is None else torch.sigmoid(decoded.zero_logits)
-        value = expected_log1p(
-            decoded.expression * depth[:, None], scale, dispersion=self._dispersion(), zero_probability=zero
-        )
+        dispersion = None if decoded.log_dispersion is None else decoded.log_dispersion.exp()
+        value = expected_log1p(decoded.expression * depth[:, None], scale, dispersion=dispersion, zero_probability=zero)
         return value.masked_fill((depth <= 0)[:, None], 0.0)
-
-    def _dispersion(self) -> Tensor | None:
-        return None
 
 
 class PoissonDecoder(CountDecoder):
     """Poisson counts. With shares that sum to 1 this is the multinomial likelihood of the cell's transcripts."""
 
-    def log_prob(self, target: Tensor, mean: Tensor, zero_logits: Tensor | None) -> Tensor:
+    def log_prob(self, target: Tensor, mean: Tensor, decoded: Decoded) -> Tensor:
         return poisson_log_prob(target, mean)
 
 
 class NegativeBinomialDecoder(CountDecoder):
-    """Negative binomial counts with one inverse dispersion per gene: variance ``mean + mean² / dispersion``."""
+    r"""Negative binomial counts with an inverse dispersion θ: variance ``mean + mean² / θ``.
+
+    ``dispersion="gene"`` learns one θ per gene. ``"gene_fov"`` adds to the gene's own log θ an offset for each FOV of
+    the fit, which starts at 0 and is 0 for any other FOV. ``"entry"`` adds a linear map of the decoder's hidden layer,
+    which starts at 0 (scvi-tools' ``"gene"``, ``"gene-batch"`` and ``"gene-cell"``: Lopez et al. 2018).
+
+    Parameters
+    ----------
+    n_latent, dim, n_genes, gene_share, posterior, target_sum
+        As in :class:`CountDecoder`.
+    dispersion
+        ``"gene"``, ``"gene_fov"`` or ``"entry"``.
+    n_fovs
+        Number of FOVs of the fit; read with ``"gene_fov"``.
+    """
 
     def __init__(
-        self, n_latent: int, dim: int, n_genes: int, *, gene_share: Tensor, posterior: bool, target_sum: float
+        self,
+        n_latent: int,
+        dim: int,
+        n_genes: int,
+        *,
+        gene_share: Tensor,
+        posterior: bool,
+        target_sum: float,
+        dispersion: str = "gene",
+        n_fovs: int = 0,
     ) -> None:
         super().__init__(n_latent, dim, n_genes, gene_share=gene_share, posterior=posterior, target_sum=target_sum)
         self.log_dispersion = nn.Parameter(torch.full((n_genes,), 10.0).log())
+        by_fov, by_entry = dispersion == "gene_fov", dispersion == "entry"
+        self.fov_log_dispersion = nn.Parameter(torch.zeros(n_fovs, n_genes)) if by_fov else None
+        self.entry_dispersion = nn.Parameter(torch.zeros(n_genes, dim)) if by_entry else None
 
-    def _dispersion(self) -> Tensor:
-        return self.log_dispersion.exp()
+    def _log_dispersion(self, hidden: Tensor, fov: Tensor | None) -> Tensor:
+        if self.fov_log_dispersion is not None:
+            if fov is None:
+                raise ValueError("a dispersion per gene and FOV needs `fov`, the number of the FOV of each cell")
+            # The last row, which -1 takes, is the offset of unknown FOVs.
+            return self.log_dispersion + F.pad(self.fov_log_dispersion, (0, 0, 0, 1))[fov]
+        if self.entry_dispersion is not None:
+            decoded = self.log_dispersion + F.linear(hidden, self.entry_dispersion)
+            return decoded.clamp(_LEAST_LOG_DISPERSION, _LOG_LIMIT)
+        return self.log_dispersion
 
-    def log_prob(self, target: Tensor, mean: Tensor, zero_logits: Tensor | None) -> Tensor:
-        return nb_log_prob(target, mean, self._dispersion())
+    def log_prob(self, target: Tensor, mean: Tensor, decoded: Decoded) -> Tensor:
+        if decoded.log_dispersion is None:
+            raise ValueError("the negative binomial likelihood needs `decoded.log_dispersion`")
+        return nb_log_prob(target, mean, decoded.log_dispersion.exp())
 
 
 class ZeroInflatedDecoder(NegativeBinomialDecoder):
-    """Zero-inflated negative binomial counts: an extra zero with a probability decoded per entry."""
+    """Zero-inflated negative binomial counts: an extra zero with a probability decoded per entry.
+
+    Parameters as in :class:`NegativeBinomialDecoder`.
+    """
 
     def __init__(
-        self, n_latent: int, dim: int, n_genes: int, *, gene_share: Tensor, posterior: bool, target_sum: float
+        self,
+        n_latent: int,
+        dim: int,
+        n_genes: int,
+        *,
+        gene_share: Tensor,
+        posterior: bool,
+        target_sum: float,
+        dispersion: str = "gene",
+        n_fovs: int = 0,
     ) -> None:
-        super().__init__(n_latent, dim, n_genes, gene_share=gene_share, posterior=posterior, target_sum=target_sum)
+        super().__init__(
+            n_latent,
+            dim,
+            n_genes,
+            gene_share=gene_share,
+            posterior=posterior,
+            target_sum=target_sum,
+            dispersion=dispersion,
+            n_fovs=n_fovs,
+        )
         self.zeros = nn.Linear(dim, n_genes)
         nn.init.constant_(self.zeros.bias, -3.0)
 
@@ -177,10 +266,10 @@ class ZeroInflatedDecoder(NegativeBinomialDecoder):
         logits: Tensor = self.zeros(hidden)
         return logits
 
-    def log_prob(self, target: Tensor, mean: Tensor, zero_logits: Tensor | None) -> Tensor:
-        if zero_logits is None:
-            raise ValueError("the zero-inflated likelihood needs `zero_logits`")
-        return zinb_log_prob(target, mean, self._dispersion(), zero_logits)
+    def log_prob(self, target: Tensor, mean: Tensor, decoded: Decoded) -> Tensor:
+        if decoded.zero_logits is None or decoded.log_dispersion is None:
+            raise ValueError("the zero-inflated likelihood needs `decoded.zero_logits` and `decoded.log_dispersion`")
+        return zinb_log_prob(target, mean, decoded.log_dispersion.exp(), decoded.zero_logits)
 
 
 class GaussianDecoder(nn.Module):
@@ -190,14 +279,25 @@ class GaussianDecoder(nn.Module):
     """
 
     def __init__(
-        self, n_latent: int, dim: int, n_genes: int, *, gene_share: Tensor, posterior: bool, target_sum: float
+        self,
+        n_latent: int,
+        dim: int,
+        n_genes: int,
+        *,
+        gene_share: Tensor,
+        posterior: bool,
+        target_sum: float,
+        dispersion: str = "gene",
+        n_fovs: int = 0,
     ) -> None:
         super().__init__()
         self.hidden = nn.Sequential(nn.Linear(n_latent, dim), nn.GELU())
         self.output = nn.Linear(dim, n_genes)
         self.target_sum = target_sum
 
-    def forward(self, latent: Tensor, counts: Tensor, depth: Tensor, visible: Tensor | None) -> Decoded:
+    def forward(
+        self, latent: Tensor, counts: Tensor, depth: Tensor, visible: Tensor | None, fov: Tensor | None = None
+    ) -> Decoded:
         """Decode log-normalised values (cells, genes); the cell's counts are not used again."""
         return Decoded(self.output(self.hidden(latent)))
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .attention import ATTENTION, PerformerAttention
+from .attention import ATTENTION, Attention, PerformerAttention
 from .seeding import seeded
 
 ENCODERS = (*ATTENTION, "mlp")
 
-GRAPH_ENCODERS: frozenset[str] = frozenset()
+GRAPH_ENCODERS = frozenset({"gat"})
 """Encoders that read the spatial graph between tokens."""
 
 
@@ -20,7 +20,8 @@ class EncoderLayer(nn.Module):
     """One pre-norm layer: attention between the cells of a FOV, then a feed-forward block per cell.
 
     ``x = x + Attention(LN(x))``, ``x = x + FFN(LN(x))`` (Xiong et al. 2020, On Layer Normalization in the
-    Transformer Architecture). With ``kind="mlp"`` the attention is left out, so that cells exchange nothing.
+    Transformer Architecture). With ``kind="gat"`` the attention is to neighbours in the spatial graph: SpaGAT, the
+    baseline of Wen et al. 2023, sec. 4.1. With ``kind="mlp"`` it is left out, so that cells exchange nothing.
 
     Parameters
     ----------
@@ -29,7 +30,7 @@ class EncoderLayer(nn.Module):
     n_heads
         Number of attention heads; divides ``dim``.
     kind
-        ``"performer"``, ``"exact"`` or ``"mlp"``.
+        Name in :data:`ENCODERS`.
     feedforward
         Width of the hidden layer of the feed-forward block, as a multiple of ``dim``.
     dropout
@@ -41,7 +42,7 @@ class EncoderLayer(nn.Module):
         # Attention takes one number of the random state whatever it is, so that the other weights do not depend on it.
         seed = int(torch.randint(2**62, ()))
         with seeded(seed):
-            self.attention = None if kind == "mlp" else ATTENTION[kind](dim, n_heads)
+            self.attention: Attention | None = None if kind == "mlp" else ATTENTION[kind](dim, n_heads)
             if self.attention is not None:
                 # Every layer starts as the one without attention, which then has to earn its place.
                 nn.init.zeros_(self.attention.out.weight)
@@ -53,10 +54,10 @@ class EncoderLayer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, lengths: Sequence[int], edge_index: Tensor | None = None) -> Tensor:
         """Map tokens (N, dim) of FOVs that lie one after the other, ``lengths`` cells each, to (N, dim)."""
         if self.attention is not None and self.attention_norm is not None:
-            x = x + self.dropout(self.attention(self.attention_norm(x), lengths))
+            x = x + self.dropout(self.attention(self.attention_norm(x), lengths, edge_index))
         output: Tensor = x + self.dropout(self.feedforward(self.feedforward_norm(x)))
         return output
 
@@ -81,9 +82,24 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, lengths: Sequence[int], edge_index: Tensor | None = None) -> Tensor:
-        """Map tokens (N, dim) to contextual tokens (N, dim)."""
+        """Map tokens (N, dim) to contextual tokens (N, dim).
+
+        Parameters
+        ----------
+        x
+            Tokens (N, dim), one FOV after the other.
+        lengths
+            Number of tokens of each FOV.
+        edge_index
+            Graph between the tokens (2, edges), without edges between FOVs; read by :data:`GRAPH_ENCODERS`.
+
+        Raises
+        ------
+        ValueError
+            If ``edge_index`` is None and the encoder reads it.
+        """
         for layer in self.layers:
-            x = layer(x, lengths)
+            x = layer(x, lengths, edge_index)
         output: Tensor = self.norm(x)
         return output
 

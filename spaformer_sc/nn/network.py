@@ -37,6 +37,10 @@ class NetworkConfig:
         Dropout in the encoder.
     target_sum
         Depth to which expression is normalised at the input, and at the output of the Gaussian decoder.
+    dispersion
+        What the dispersion of ``nb`` and ``zinb`` depends on: ``"gene"``, ``"gene_fov"`` or ``"entry"``.
+    fovs
+        Names of the FOVs of the fit, for ``dispersion="gene_fov"``.
     """
 
     n_genes: int
@@ -52,6 +56,8 @@ class NetworkConfig:
     posterior: bool
     dropout: float
     target_sum: float
+    dispersion: str = "gene"
+    fovs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ class Tokens:
     edge_index
         Symmetric spatial graph between the tokens (2, edges), without edges between FOVs; None when the network reads
         none.
+    fovs
+        Names of the FOVs, one for each of ``lengths``; tiles have the name of the image they are cut from.
     """
 
     values: tuple[Tensor, ...]
@@ -104,6 +112,7 @@ class Tokens:
     lengths: Sequence[int]
     positions: Sequence[Positions] | None = None
     edge_index: Tensor | None = None
+    fovs: Sequence[str] = ()
 
 
 @dataclass
@@ -134,7 +143,7 @@ class Network(nn.Module):
     gene_share
         Mean share of each gene (genes,), the start of the decoder's bias.
     positional
-        Module ``(features, edge_index, generator=...) -> (cells, dim)`` or None.
+        Module ``(tokens, positions, edge_index, generator) -> tokens``, tokens (N, dim), or None.
     seeds
         Seed of the initial weights of each part, by name, so that switching one part on or off leaves the others'
         weights as they were.
@@ -171,10 +180,22 @@ class Network(nn.Module):
                 gene_share=gene_share,
                 posterior=config.posterior,
                 target_sum=config.target_sum,
+                dispersion=config.dispersion,
+                n_fovs=len(config.fovs),
             )
         with seeded(seeds["variational"]):
             self.latent_log_variance = nn.Linear(config.dim, config.n_latent) if config.variational else None
         self.positional = positional
+        self._fov_numbers = {name: number for number, name in enumerate(config.fovs)}
+
+    def _fovs(self, tokens: Tokens) -> Tensor | None:
+        """Number of the FOV of each token (tokens,), -1 where the fit did not know it; None when nothing reads it."""
+        if self.config.dispersion != "gene_fov":
+            return None
+        if len(tokens.fovs) != len(tokens.lengths):
+            raise ValueError("this network has a dispersion per gene and FOV; `tokens.fovs` must name every FOV")
+        numbers = torch.tensor([self._fov_numbers.get(name, -1) for name in tokens.fovs])
+        return numbers.repeat_interleave(torch.tensor(tokens.lengths)).to(tokens.counts.device)
 
     def forward(self, tokens: Tokens, generator: torch.Generator | None = None) -> Output:
         """Run the network on a batch of FOVs; ``generator`` drives what is random in training."""
@@ -187,8 +208,7 @@ class Network(nn.Module):
         if self.positional is not None:
             if tokens.positions is None:
                 raise ValueError("this network has a positional encoding; `tokens.positions` is needed")
-            for_fovs = [(self.positional(p.features, p.edge_index, generator), p.rows) for p in tokens.positions]
-            x = x + torch.cat([encoded if rows is None else encoded[rows] for encoded, rows in for_fovs])
+            x = self.positional(x, tokens.positions, tokens.edge_index, generator)
         x = self.encoder(x, tokens.lengths, tokens.edge_index)
         latent, divergence = self.latent(x), None
         decode_from = latent
@@ -198,5 +218,5 @@ class Network(nn.Module):
             if self.training:
                 noise = torch.randn(latent.shape, generator=generator, dtype=latent.dtype).to(latent.device)
                 decode_from = latent + noise * (0.5 * log_variance).exp()
-        decoded = self.decoder(decode_from, tokens.counts, tokens.depth, tokens.visible)
+        decoded = self.decoder(decode_from, tokens.counts, tokens.depth, tokens.visible, self._fovs(tokens))
         return Output(decoded, latent, divergence)

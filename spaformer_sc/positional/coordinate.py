@@ -85,14 +85,12 @@ class LinearEncoding(CoordinateEncoding):
     ----------
     dim
         Width of the encoding.
-    k
-        Not used.
     """
 
     name = "linear"
 
-    def __init__(self, dim: int, k: int = 10) -> None:
-        super().__init__(dim, k)
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
         self.learned = nn.Linear(2, dim, bias=False)
 
     def basis(self, position: Tensor) -> Tensor:
@@ -106,14 +104,12 @@ class MLPEncoding(CoordinateEncoding):
     ----------
     dim
         Width of the encoding.
-    k
-        Not used.
     """
 
     name = "mlp"
 
-    def __init__(self, dim: int, k: int = 10) -> None:
-        super().__init__(dim, k)
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
         self.learned = nn.Sequential(nn.Linear(2, dim), nn.ReLU(), nn.Linear(dim, dim))
 
     def basis(self, position: Tensor) -> Tensor:
@@ -141,10 +137,11 @@ class SinusoidalEncoding(CoordinateEncoding):
     """
 
     name = "sinusoidal"
+    options = ("k",)
     frequencies: Tensor
 
-    def __init__(self, dim: int, k: int = 10) -> None:
-        super().__init__(dim, k)
+    def __init__(self, dim: int, *, k: int = 10) -> None:
+        super().__init__(dim)
         wavelengths = np.geomspace(SHORTEST_WAVE, LONGEST_WAVE, k)
         self.register_buffer("frequencies", torch.from_numpy(2 * math.pi / wavelengths).float())
         self.learned = nn.Linear(4 * k, dim, bias=False)
@@ -157,28 +154,29 @@ class SinusoidalEncoding(CoordinateEncoding):
 class FourierEncoding(CoordinateEncoding):
     r"""Linear map of random Fourier features of the position.
 
-    They are :math:`\cos(\omega_j \cdot p)` and :math:`\sin(\omega_j \cdot p)` for k random frequencies
+    They are :math:`\cos(\omega_j \cdot p)` and :math:`\sin(\omega_j \cdot p)` for m random frequencies
     :math:`\omega_j \sim N(0, \sigma^{-2} I)` (Tancik et al. 2020, eq. 5). The inner product of the features of two
-    cells at distance d, divided by k, approximates the Gaussian kernel :math:`\exp(-d^2 / 2\sigma^2)` with a standard
-    error of at most :math:`1 / \sqrt{2k}` (Rahimi & Recht 2007, Section 3). σ is `BANDWIDTH`. The frequencies come from
+    cells at distance d, divided by m, approximates the Gaussian kernel :math:`\exp(-d^2 / 2\sigma^2)` with a standard
+    error of at most :math:`1 / \sqrt{2m}` (Rahimi & Recht 2007, Section 3). σ is `BANDWIDTH`. The frequencies come from
     a fixed seed and are saved with the weights.
 
     Parameters
     ----------
     dim
         Width of the encoding.
-    k
-        Number of frequencies; there are 2k features.
+    n_frequencies
+        Number m of frequencies; there are 2m features.
     """
 
     name = "fourier"
+    options = ("n_frequencies",)
     frequencies: Tensor
 
-    def __init__(self, dim: int, k: int = 10) -> None:
-        super().__init__(dim, k)
-        normal = np.random.default_rng(_SEED).standard_normal((k, 2))
+    def __init__(self, dim: int, *, n_frequencies: int = 64) -> None:
+        super().__init__(dim)
+        normal = np.random.default_rng(_SEED).standard_normal((n_frequencies, 2))
         self.register_buffer("frequencies", torch.from_numpy(normal / BANDWIDTH).float())
-        self.learned = nn.Linear(2 * k, dim, bias=False)
+        self.learned = nn.Linear(2 * n_frequencies, dim, bias=False)
 
     def basis(self, position: Tensor) -> Tensor:
         phase = (position[:, None, :] * self.frequencies).sum(2)

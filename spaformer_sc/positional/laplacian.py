@@ -139,9 +139,12 @@ class LaplacianEncoding(PositionalEncoding):
 
     name = "laplacian"
     feature_names = LAPLACIAN_FEATURES
+    options = ("k",)
+    reads_components = True
 
-    def __init__(self, dim: int, k: int = 10) -> None:
-        super().__init__(dim, k)
+    def __init__(self, dim: int, *, k: int = 10) -> None:
+        super().__init__(dim)
+        self.k = k
         self.linear = nn.Linear(k, dim, bias=False)
 
     def features(self, data: Data) -> dict[str, Tensor]:

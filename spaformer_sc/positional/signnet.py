@@ -50,9 +50,12 @@ class SignNetEncoding(PositionalEncoding):
     name = "signnet"
     needs_graph = True
     feature_names = LAPLACIAN_FEATURES
+    options = ("k",)
+    reads_components = True
 
-    def __init__(self, dim: int, k: int = 10, *, width: int = 16, n_layers: int = 2) -> None:
-        super().__init__(dim, k)
+    def __init__(self, dim: int, *, k: int = 10, width: int = 16, n_layers: int = 2) -> None:
+        super().__init__(dim)
+        self.k = k
         self.phi = nn.ModuleList(
             _GIN(
                 nn.Sequential(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from anndata import AnnData, ImplicitModificationWarning
+from numpy.typing import NDArray
 
 from spaformer_sc._checks import (
     check_adata,
@@ -18,15 +19,24 @@ from spaformer_sc._checks import (
     check_integer,
     check_key_added,
     check_library_key,
+    check_positive,
+    read_counts,
 )
 from spaformer_sc._config import POSITIONAL
 from spaformer_sc._logging import logger
-from spaformer_sc.data._fields import GraphConfig, fields_of_view
+from spaformer_sc.data._fields import FieldOfView, GraphConfig, fields_of_view
 from spaformer_sc.data._graph import given_graph
 from spaformer_sc.data._labels import field_codes
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from scipy import sparse
+
+    from spaformer_sc.positional import PositionalEncoding
+
+TOKEN_WIDTH = 64
+"""Width of the random tokens of conditional encodings, at least."""
+LIBRARY_SIZE = 250.0
+"""That counts are normalised to for them; fixed, so that a FOV's result does not depend on other FOVs."""
 
 
 def positional_encoding(
@@ -36,8 +46,11 @@ def positional_encoding(
     library_key: str | Sequence[str] | None = None,
     spatial_key: str = "spatial",
     connectivity_key: str | None = None,
+    layer: str | None = None,
     n_neighbors: int = 6,
     k: int = 10,
+    n_frequencies: int = 64,
+    patch_size: float | None = None,
     key_added: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
@@ -48,6 +61,10 @@ def positional_encoding(
     in typical distances between its neighbouring cells (the median length of an edge of the graph), so their unit does
     not matter; of three axes, x and y are encoded. Each FOV is encoded by itself and whole, whereas a model cuts a
     large one into overlapping tiles and takes the graph of each tile.
+
+    Conditional encodings compute nothing before learning. What is written for them is their network with random
+    weights, drawn from a fixed seed and not trained: it shows what kind of function of the neighbourhood the encoding
+    is, not what a model makes of it.
 
     Parameters
     ----------
@@ -63,13 +80,21 @@ def positional_encoding(
             `k` probabilities that a random walk on the graph is back at the cell after 1, …, k steps.
         ``"patch"``
             Row and column, from 0 to 32, of the cell's bin in a grid of bins of 10 typical distances; the FOV's centre
-            is in the middle of bin 16, 16.
+            is in the middle of bin 16, 16. `patch_size` sets the side of a bin.
         ``"linear"``, ``"mlp"``
             x and y, divided by 30 typical distances.
         ``"sinusoidal"``
             4 `k` sinusoids of `k` wavelengths from 4 to 1000 typical distances: sines of x, of y, cosines of x, of y.
         ``"fourier"``
-            2 `k` random Fourier features, cosines and sines, of a Gaussian of standard deviation 10 typical distances.
+            2 `n_frequencies` random Fourier features, cosines and sines, of a Gaussian of standard deviation 10 typical
+            distances.
+        ``"conditional"``, ``"conditional_gat"``
+            `k` outputs of the graph network, untrained (see above), on counts of `layer`: log1p of each cell's counts
+            per 250, mapped to tokens by random weights. They depend on the order of the genes, and on the expression of
+            the cell and of cells up to two steps away.
+
+        Beside these arguments, those that tell where the data are and `n_neighbors` matter to all of them: the graph
+        gives the typical distance.
     library_key
         Column of `adata.obs` that tells fields of view apart, or a list of columns. None takes all cells as one field.
     spatial_key
@@ -77,10 +102,17 @@ def positional_encoding(
     connectivity_key
         Name of a spatial graph in `adata.obsp` to use; None builds one of nearest neighbours. Of its weights it only
         counts where they are above 0.
+    layer
+        Layer that holds the raw counts; None for `adata.X`. Read for conditional encodings only.
     n_neighbors
         Number of nearest neighbours of the graph that is built.
     k
-        Number of eigenvectors, steps, wavelengths or frequencies.
+        Number of eigenvectors (``"laplacian"``, ``"signnet"``), steps (``"random_walk"``), wavelengths
+        (``"sinusoidal"``) or outputs (conditional).
+    n_frequencies
+        Number of frequencies (``"fourier"``).
+    patch_size
+        Side of a bin (``"patch"``), in the unit of the positions; None for 10 typical distances.
     key_added
         Name of what is written; None for ``f"X_pe_{name}"``. What an earlier call wrote is replaced; anything else is
         kept, with an error.
@@ -94,22 +126,25 @@ def positional_encoding(
     `adata.obsm[key_added]` : float32 array, cells × features
         The features.
     `adata.uns[key_added]` : dict
-        ``{"params": {"encoding", "library_key", "spatial_key", "connectivity_key", "n_neighbors", "k"}}``.
+        ``{"params": …}`` with `encoding` (the name) and the arguments from `library_key` to `patch_size`.
 
     Raises
     ------
     KeyError
-        If `library_key`, `spatial_key` or `connectivity_key` does not exist.
+        If `library_key`, `spatial_key`, `connectivity_key` or `layer` does not exist.
     TypeError
         If an argument is of the wrong type.
     ValueError
-        If there is no encoding `name`, positions or labels are missing, the graph is none, `n_neighbors` or `k` is
-        below 1, or `key_added` would overwrite other data.
+        If there is no encoding `name`, positions or labels are missing, the graph is none, `n_neighbors`, `k` or
+        `n_frequencies` is below 1, `patch_size` is not positive, a conditional encoding finds no raw counts, or
+        `key_added` would overwrite other data.
     """
     check_adata(adata)
     check_choice("name", name, POSITIONAL)
     n_neighbors = check_integer("n_neighbors", n_neighbors)
     k = check_integer("k", k)
+    n_frequencies = check_integer("n_frequencies", n_frequencies)
+    patch_size = None if patch_size is None else check_positive("patch_size", patch_size)
     copy = check_flag("copy", copy)
     key = f"X_pe_{name}" if key_added is None else key_added
     check_key_added(adata, key, slots=[("obsm", key)], mark="encoding")
@@ -120,16 +155,16 @@ def positional_encoding(
     coordinates = check_coordinates(adata, spatial_key, codes)
     given = None if connectivity_key is None else given_graph(check_connectivities(adata, connectivity_key), codes)
 
-    import spaformer_sc.positional as positional
     from spaformer_sc.nn.seeding import seeded
+    from spaformer_sc.positional import POSITIONAL as REGISTRY
+    from spaformer_sc.positional import build_positional
 
+    conditional = REGISTRY[name].needs_tokens
+    counts = read_counts(adata, layer) if conditional else None
     with seeded(0):
-        encoding = positional.POSITIONAL[name](1, k)
-
-    def shown(features: dict[str, Tensor]) -> Tensor:
-        first = features[encoding.feature_names[0]]
-        return encoding.basis(first) if isinstance(encoding, positional.CoordinateEncoding) else first
-
+        (encoding,) = build_positional(
+            name, max(k, TOKEN_WIDTH) if conditional else 1, k=k, n_frequencies=n_frequencies, patch_size=patch_size
+        )
     fovs, _ = fields_of_view(
         coordinates,
         codes,
@@ -140,7 +175,10 @@ def positional_encoding(
         tile_size=adata.n_obs,
         encode=encoding.features,
     )
-    parts = [shown(fov.features).numpy() for fov in fovs]
+    if counts is None:
+        parts = [_features(encoding, fov) for fov in fovs]
+    else:
+        parts = [_untrained(encoding, fov, counts[fov.cells])[:, :k] for fov in fovs]
     values = np.empty((adata.n_obs, parts[0].shape[1]), dtype=np.float32)
     for fov, part in zip(fovs, parts, strict=True):
         values[fov.cells] = part
@@ -155,9 +193,33 @@ def positional_encoding(
             "library_key": columns,
             "spatial_key": spatial_key,
             "connectivity_key": connectivity_key,
+            "layer": layer,
             "n_neighbors": n_neighbors,
             "k": k,
+            "n_frequencies": n_frequencies,
+            "patch_size": patch_size,
         },
     }
     logger.info("added `obsm[%r]`: %d features of %d cells", key, values.shape[1], len(values))
     return result if copy else None
+
+
+def _features(encoding: PositionalEncoding, fov: FieldOfView) -> NDArray[np.float32]:
+    """First of the features of a FOV, or the fixed functions of it that the encoding learns a map of."""
+    from spaformer_sc.positional import CoordinateEncoding
+
+    first = fov.features[encoding.feature_names[0]]
+    shown = encoding.basis(first) if isinstance(encoding, CoordinateEncoding) else first
+    return np.asarray(shown.numpy())
+
+
+def _untrained(encoding: PositionalEncoding, fov: FieldOfView, counts: sparse.csr_matrix) -> NDArray[np.float32]:
+    """Conditional encoding, with the weights it has, of tokens that are a random linear map of expression."""
+    import torch
+
+    total = np.asarray(counts.sum(axis=1)).ravel()
+    expression = counts.multiply(np.divide(LIBRARY_SIZE, total, out=np.zeros_like(total), where=total > 0)[:, None])
+    weights = np.random.default_rng(0).standard_normal((counts.shape[1], encoding.dim), dtype=np.float32)
+    tokens = torch.from_numpy(np.asarray(expression.tocsr().log1p() @ weights, dtype=np.float32))
+    with torch.inference_mode():
+        return np.asarray(encoding({}, fov.edge_index, token_features=tokens).numpy())

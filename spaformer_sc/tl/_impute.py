@@ -83,15 +83,18 @@ def impute(
         ``"fast"`` trains a third as long (unless ``max_epochs`` is given); ``"best"`` averages four networks.
     positional
         How a cell's place is told to the network, beside its neighbours' expression: ``"laplacian"``, ``"signnet"``,
-        ``"random_walk"``, ``"linear"``, ``"mlp"``, ``"sinusoidal"``, ``"fourier"``, ``"patch"``, a list of them, or
-        None. ``"auto"`` is None, and ``"signnet"`` in the paper's preset.
+        ``"random_walk"``, ``"linear"``, ``"mlp"``, ``"sinusoidal"``, ``"fourier"``, ``"patch"``; ``"conditional"`` and
+        ``"conditional_gat"``, which depend on the neighbours' expression by a graph network; a list of them, or None.
+        ``"auto"`` is None, and ``"signnet"`` in the paper's preset.
     encoder
-        ``"performer"`` (linear attention), ``"exact"`` (softmax attention) or ``"mlp"`` (no exchange between cells
-        beyond their neighbours' mean expression). ``"auto"`` is ``"performer"``.
+        ``"performer"`` (linear attention), ``"performer_relu"`` (the same with the ReLU kernel), ``"exact"`` (softmax
+        attention), ``"gat"`` (graph attention to the neighbours in the spatial graph) or ``"mlp"`` (no exchange between
+        cells beyond their neighbours' mean expression). ``"auto"`` is ``"performer"``.
     decoder
         Likelihood: ``"poisson"``, ``"nb"``, ``"zinb"`` (counts) or ``"gaussian"`` (log-normalised values; scales other
-        than ``"lognorm"`` are then derived from these and are not expectations). ``"auto"`` is ``"poisson"``, and
-        ``"gaussian"`` in the paper's preset.
+        than ``"lognorm"`` are then derived from these and are not expectations). The dispersion of ``"nb"`` and
+        ``"zinb"`` is per gene; ``settings={"dispersion": "gene_fov"}`` makes it per gene and FOV, ``"entry"`` per
+        entry. ``"auto"`` is ``"poisson"``, and ``"gaussian"`` in the paper's preset.
     variational
         Train as a variational autoencoder.
     masking
@@ -105,7 +108,7 @@ def impute(
         earlier when the score on held-out counts no longer improves.
     settings
         Every other choice by name, for method work: a dictionary with entries such as ``{"hops": 0, "dropout": 0.1,
-        "dispersion": "entry"}``; ``docs/settings.md`` lists them.
+        "windows": True}``; ``docs/settings.md`` lists them.
     graph, n_neighbors, radius
         Spatial graph: ``"knn"`` with ``n_neighbors``, ``"delaunay"``, or ``"radius"`` (in the unit of the coordinates).
     tile_size

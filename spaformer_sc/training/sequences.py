@@ -201,6 +201,7 @@ def collate(
         lengths=[len(rows) for _, rows in pieces],
         positions=None if positional is None else [_positions(v.fov, rows, positional, device) for v, rows in pieces],
         edge_index=token_graph([(v.fov, rows) for v, rows in pieces]).to(device) if graph else None,
+        fovs=[v.fov.image for v, _ in pieces],
     )
     return Batch(
         tokens,
@@ -325,6 +326,7 @@ class Sampler:
             if self.positional is None
             else [_positions(sequence.fov, every, self.positional, self.device)],
             edge_index=sequence.fov.edge_index.to(self.device) if self.graph else None,
+            fovs=[sequence.fov.image],
         )
 
     def some_whole(self, data: Sequence[FieldCounts], generator: torch.Generator) -> list[tuple[FieldCounts, Tokens]]:

@@ -18,6 +18,16 @@ from spaformer_sc.nn.seeding import seeded
 
 from .sequences import Batch, FieldCounts, Sampler
 
+KL_WEIGHT = 0.01
+"""Weight of the divergence of a variational latent, after its warm-up.
+
+The latent is made from what is visible and judged by what is hidden. What it can say of the hidden counts is at most
+what it keeps of the visible ones, which is at most the divergence: with a weight of 1, forgetting everything would be
+optimal, and is what happens. With a small weight the sum is the variational information bottleneck of visible and
+hidden counts (Alemi et al. 2017, "Deep Variational Information Bottleneck", ICLR, eq. 17), which keeps what tells about
+the hidden counts at more than this rate.
+"""
+
 
 @dataclass
 class History:
@@ -40,9 +50,10 @@ class History:
 
 
 def batch_loss(network: Network, batch: Batch, kl_weight: float, generator: torch.Generator) -> Tensor:
-    """Negative evidence lower bound of what was hidden, per transcript asked for (Gaussian: per entry asked for).
+    """Negative log-likelihood of what was hidden, per transcript asked for (Gaussian: per entry asked for).
 
-    With a variational latent the bound of Kingma and Welling 2014, eq. 3, summed over cells; else the log-likelihood.
+    With a variational latent plus ``kl_weight`` times its divergence from the prior (Kingma and Welling 2014, eq. 3;
+    see :data:`KL_WEIGHT`), over the cells of which something is asked: on others the prior would pull alone.
     """
     output = network(batch.tokens, generator)
     likelihood = network.decoder.log_likelihood(output.decoded, batch.target, batch.target_depth, batch.measured)
@@ -56,7 +67,7 @@ def batch_loss(network: Network, batch: Batch, kl_weight: float, generator: torc
         size = asked.expand(likelihood.shape).sum()
     loss = -likelihood.sum()
     if output.divergence is not None:
-        loss = loss + kl_weight * output.divergence.sum()
+        loss = loss + kl_weight * output.divergence.masked_fill(~asked.any(1), 0.0).sum()
     return loss / size.clamp(min=1)
 
 
@@ -205,7 +216,8 @@ def train(
                     group["lr"] = rate * factor
                 if step and step % config.redraw_every == 0:
                     network.encoder.redraw(features)
-                loss = batch_loss(network, batch, min(1.0, (step + 1) / max(1, n_steps // 4)), noise)
+                kl_weight = KL_WEIGHT * min(1.0, (step + 1) / max(1, n_steps // 4))
+                loss = batch_loss(network, batch, kl_weight, noise)
                 if not torch.isfinite(loss):
                     return watch.diverged(step)
                 optimizer.zero_grad(set_to_none=True)
