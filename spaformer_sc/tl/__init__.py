@@ -1,7 +1,9 @@
-"""Tools: what changes an AnnData."""
+"""Tools: impute, and explain what was imputed."""
 
 from __future__ import annotations
 
+from spaformer_sc.interpret import attribution, reach
+
 from ._impute import impute
 
-__all__ = ["impute"]
+__all__ = ["attribution", "impute", "reach"]
