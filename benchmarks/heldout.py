@@ -10,18 +10,16 @@ columns mean.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from pathlib import Path
 from typing import Any
+
+from runs import Row, checksum, package_files, peak_mib, pinned_environment, read_rows, write_rows
 
 TUNED = ("fov_gene_mean", "spatial_knn_mean", "expression_knn", "truncated_svd", "kl_nmf")
 DEFAULT_METHODS = ("gene_mean", *TUNED, "spaformer")
@@ -31,19 +29,8 @@ KEY = ("data", "library_key", "method", "seed", "threads", "code")
 FACTS = ("n_cells", "n_genes", "n_fovs", "split")
 SCORES = ("gain", "deviance_explained", "gene_pearson", "seconds", "cpu_seconds", "peak_mib")
 COLUMNS = (*KEY, *FACTS, *SCORES)
-THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-)
 TRAIN_SHARE = 0.5
 SIMULATED = "simulated"
-
-Row = dict[str, str]
-
 
 # ------------------------------------------------------------------------------------------ one run, in its own process
 
@@ -64,29 +51,17 @@ def load(data: str, library_key: str) -> tuple[Any, Any, Any]:
     return adata.X, adata.obsm["spatial"], fovs
 
 
-def checksum(split: Any) -> str:
+def split_checksum(split: Any) -> str:
     """Return a checksum of both parts of a split, equal for equal splits."""
-    value = 0
-    for part in (split.train, split.held):
-        for array in (part.indptr, part.indices, part.data):
-            value = zlib.crc32(array.tobytes(), value)
-    return f"{value:08x}"
+    return checksum(
+        array.tobytes() for part in (split.train, split.held) for array in (part.indptr, part.indices, part.data)
+    )
 
 
 def code_version(method: str) -> str:
     """Return a checksum of the code that a method consists of, so that changed code is run again."""
-    here = Path(__file__).resolve().parent
-    package = sorted((here.parent / "spaformer_sc").rglob("*.py")) if method.startswith("spaformer") else []
-    value = 0
-    for file in [here / "peers.py", *package]:
-        value = zlib.crc32(file.read_bytes(), value)
-    return f"{value:08x}"
-
-
-def peak_mib() -> float:
-    """Return the largest resident memory of this process so far, in MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    package = package_files() if method.startswith("spaformer") else []
+    return checksum(file.read_bytes() for file in [Path(__file__).resolve().parent / "peers.py", *package])
 
 
 def run_once(data: str, method: str, seed: int, library_key: str) -> dict[str, Any]:
@@ -108,7 +83,7 @@ def run_once(data: str, method: str, seed: int, library_key: str) -> dict[str, A
         "n_cells": split.train.shape[0],
         "n_genes": split.train.shape[1],
         "n_fovs": 0 if fovs is None else len(np.unique(fovs)),
-        "split": checksum(split),
+        "split": split_checksum(split),
         "gain": metrics.poisson_gain(split.held, rates, split.train),
         "deviance_explained": metrics.deviance_explained(split.held, rates, split.train),
         "gene_pearson": float(np.nanmedian(metrics.gene_pearson_lognorm(split.held, rates))),
@@ -121,35 +96,9 @@ def run_once(data: str, method: str, seed: int, library_key: str) -> dict[str, A
 # ------------------------------------------------------------------------------------------------------------ all runs
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read a results file; no rows if there is none."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames is None or tuple(reader.fieldnames) != COLUMNS:
-            raise SystemExit(f"--out {path}: not a results file of this command (its columns differ); name another.")
-        return list(reader)
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Write a results file in one step, so that an interrupted run leaves the old one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def run_in_process(data: str, method: str, seed: int, library_key: str, threads: int) -> dict[str, Any] | None:
     """Run one method in a new process with a fixed number of threads; None if it failed."""
-    environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads))
+    environment = pinned_environment(threads)
     job = json.dumps({"data": data, "method": method, "seed": seed, "library_key": library_key})
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
@@ -233,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
         if data != SIMULATED and not Path(data).is_file():
             parser.error(f"--data: there is no file {data}")
 
-    rows = read_rows(options.out)
+    rows = read_rows(options.out, COLUMNS)
     done = {tuple(row[column] for column in KEY) for row in rows}
     wanted = [
         (name, options.library_key, method, str(seed), str(options.threads), code_version(method))
@@ -253,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}, {method}, seed {seed}: failed", file=sys.stderr)
             continue
         rows.append({column: str(value) for column, value in (dict(zip(KEY, key)) | result).items()})
-        write_rows(options.out, rows)
+        write_rows(options.out, COLUMNS, rows)
     print(markdown([row for row in rows if tuple(row[column] for column in KEY) in set(wanted)]))
     return int(failed > 0)
 
