@@ -69,11 +69,9 @@ VARIANTS: dict[str, Variant] = {
     "mlp_no_neighbours": Variant("no attention, no neighbours", {"encoder": "mlp"}, {"hops": 0}),
     "no_neighbours": Variant("no neighbours", {}, {"hops": 0}),
     "one_hop": Variant("one ring of neighbours", {}, {"hops": 1}),
-    "performer": Variant("Performer, softmax features", {"encoder": "performer"}),
     "performer_relu": Variant("Performer, ReLU features", {"encoder": "performer_relu"}),
     "exact": Variant("exact attention", {"encoder": "exact"}),
     "gat": Variant("graph attention (SpaGAT)", {"encoder": "gat"}),
-    "gat_no_neighbours": Variant("graph attention, no neighbour means", {"encoder": "gat"}, {"hops": 0}),
     "windows": Variant("attention within windows", {"encoder": "performer"}, {"windows": True}),
     # Where a cell lies.
     **{
@@ -91,24 +89,19 @@ VARIANTS: dict[str, Variant] = {
         {"positional_combine": "concat"},
     ),
     "signnet_no_neighbours": Variant("signnet, no neighbours", {"positional": "signnet"}, {"hops": 0}),
-    "sinusoidal_no_neighbours": Variant("sinusoidal, no neighbours", {"positional": "sinusoidal"}, {"hops": 0}),
-    "conditional_no_neighbours": Variant("conditional, no neighbours", {"positional": "conditional"}, {"hops": 0}),
-    # What training hides.
-    "nothing_hidden": Variant("nothing hidden", {"masking": None}),
-    "tokens": Variant("tokens (cells)", {"masking": "tokens"}),
-    "features": Variant("features (genes)", {"masking": "features"}),
+    # What training hides; without thinning there is no posterior.
+    "thinning": Variant("thinning alone", {"masking": "thinning"}),
+    "thinning_features": Variant("thinning or features", {"masking": ["thinning", "features"]}),
+    "thinning_bilevel": Variant("thinning or bi-level", {"masking": ["thinning", "bilevel"]}),
     "bilevel": Variant("bi-level, 50 % × 50 %", {"masking": "bilevel"}),
-    "bilevel_light": Variant(
-        "bi-level, 25 % × 25 %", {"masking": "bilevel"}, {"masked_tokens": 0.25, "masked_features": 0.25}
-    ),
     "bilevel_rising": Variant(
         "bi-level, 10 % rising to 60 %",
         {"masking": "bilevel"},
         {"masked_tokens": [0.1, 0.6], "masked_features": [0.1, 0.6]},
     ),
-    "thinning": Variant("thinning alone", {"masking": "thinning"}),
-    "thinning_features": Variant("thinning or features", {"masking": ["thinning", "features"]}),
-    "thinning_bilevel": Variant("thinning or bi-level", {"masking": ["thinning", "bilevel"]}),
+    "tokens": Variant("tokens (cells)", {"masking": "tokens"}),
+    "features": Variant("features (genes)", {"masking": "features"}),
+    "nothing_hidden": Variant("nothing hidden", {"masking": None}),
     # The autoencoder.
     "nb": Variant("negative binomial", {"decoder": "nb"}),
     "nb_gene_fov": Variant("negative binomial, per gene and FOV", {"decoder": "nb"}, {"dispersion": "gene_fov"}),
@@ -117,9 +110,9 @@ VARIANTS: dict[str, Variant] = {
     "gaussian": Variant("Gaussian", {"decoder": "gaussian"}),
     "vae": Variant("Poisson, variational", {"variational": True}),
     "vae_nb": Variant("negative binomial, variational", {"decoder": "nb", "variational": True}),
-    "vae_gaussian": Variant("Gaussian, variational", {"decoder": "gaussian", "variational": True}),
-    "no_posterior": Variant("no posterior", {}, {"posterior": False}),
+    "no_posterior": Variant("thinning, no posterior", {}, {"posterior": False}),
     # Size and training.
+    "one_layer": Variant("one layer", {}, {"n_layers": 1}),
     "latent_20": Variant("20 latent dimensions", {"n_latent": 20}),
     "dropout": Variant("dropout 0.2", {}, {"dropout": 0.2}),
     "no_averaging": Variant("no averaging of weights", {}, {"averaging": 0.0}),
@@ -127,8 +120,6 @@ VARIANTS: dict[str, Variant] = {
     "paper": Variant("paper", {"preset": "paper"}),
     "paper_no_position": Variant("paper, no position", {"preset": "paper", "positional": None}),
     "paper_no_attention": Variant("paper, no attention", {"preset": "paper", "encoder": "mlp"}),
-    "paper_gat": Variant("paper, graph attention (SpaGAT)", {"preset": "paper", "encoder": "gat"}),
-    "paper_nothing_hidden": Variant("paper, nothing hidden", {"preset": "paper", "masking": None}),
 }  # fmt: skip
 
 
@@ -144,7 +135,7 @@ class Question:
 QUESTIONS: dict[str, Question] = {
     "space": Question(
         "Does the spatial transformer beat the same model without attention, and without space?",
-        ("mlp", "performer", "performer_relu", "exact", "windows", "gat", "gat_no_neighbours", "one_hop",
+        ("mlp", "performer_relu", "exact", "windows", "gat", "one_hop",
          "no_neighbours", "mlp_no_neighbours"),
     ),
     "position": Question(
@@ -154,23 +145,26 @@ QUESTIONS: dict[str, Question] = {
     ),
     "position_alone": Question(
         "What is an encoding worth where neighbours' expression is not an input?",
-        ("signnet_no_neighbours", "sinusoidal_no_neighbours", "conditional_no_neighbours", "gat_no_neighbours",
+        ("signnet_no_neighbours",
          DEFAULT),
         reference="no_neighbours",
     ),
     "masking": Question(
-        "How to train for imputation (RQ2), and does bi-level masking help (RQ5)?",
-        ("thinning", "thinning_features", "thinning_bilevel", "bilevel", "bilevel_light", "bilevel_rising", "tokens",
-         "features", "nothing_hidden"),
+        "How to train for imputation (RQ2)?", ("thinning", "thinning_features", "thinning_bilevel", "no_posterior")
+    ),
+    "bilevel": Question(
+        "Does bi-level masking help (RQ5)? All without the posterior, which only thinning can teach.",
+        ("bilevel", "bilevel_rising", "features", "tokens", "nothing_hidden"),
+        reference="no_posterior",
     ),
     "autoencoder": Question(
         "Which autoencoder (RQ4)?",
-        ("nb", "nb_gene_fov", "nb_entry", "zinb", "gaussian", "vae", "vae_nb", "vae_gaussian", "no_posterior"),
+        ("nb", "nb_gene_fov", "nb_entry", "zinb", "gaussian", "vae", "vae_nb"),
     ),
-    "training": Question("Size and training", ("latent_20", "dropout", "no_averaging", "paper")),
+    "training": Question("Size and training", ("one_layer", "latent_20", "dropout", "no_averaging", "paper")),
     "paper": Question(
         "What are the parts worth in the paper's configuration?",
-        ("paper_no_position", "paper_no_attention", "paper_gat", "paper_nothing_hidden", DEFAULT),
+        ("paper_no_position", "paper_no_attention", DEFAULT),
         reference="paper",
     ),
 }  # fmt: skip

@@ -105,7 +105,7 @@ class Settings:
     hops
         Rings of spatial neighbours whose mean expression is an input.
     posterior
-        Gamma-Poisson update with the cell's own counts.
+        Gamma-Poisson update with the cell's own counts; off unless ``masking`` has ``"thinning"``, which teaches it.
     dispersion
         What the dispersion of ``nb`` and ``zinb`` depends on: ``"gene"``; ``"gene_fov"``, by the FOV's name, where a
         FOV that the fit did not know has that of the gene; or ``"entry"``, decoded from the latent.
@@ -326,9 +326,12 @@ def resolve(
         chosen = replace(chosen, decoder=decoder)
     if chosen.decoder == "gaussian":
         # Log-normalised values depend on depth, so their target must not be thinned.
-        chosen = replace(chosen, posterior=False, masking=("bilevel",))
+        chosen = replace(chosen, masking=("bilevel",))
     if masking != "auto":
         chosen = replace(chosen, masking=_names("masking", masking, MASKINGS) or ("none",))
+    if "thinning" not in chosen.masking:
+        # Only thinning asks for entries that are visible too, and so teaches how much to trust a cell's own count.
+        chosen = replace(chosen, posterior=False)
     if n_latent is not None:
         chosen = replace(chosen, n_latent=n_latent)
     if max_epochs is not None:

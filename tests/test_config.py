@@ -68,6 +68,13 @@ def test_the_gaussian_decoder_is_not_trained_on_thinned_targets() -> None:
     assert resolve(**{**AUTO, "decoder": "gaussian", "masking": "thinning"}).masking == ("thinning",)
 
 
+@pytest.mark.parametrize("masking", ["bilevel", "tokens", ["features", "tokens"], None])
+def test_the_posterior_is_off_where_nothing_teaches_it(masking: object) -> None:
+    assert not resolve(**{**AUTO, "masking": masking}).posterior
+    assert resolve(**{**AUTO, "masking": masking}, settings={"posterior": True}).posterior
+    assert resolve(**{**AUTO, "masking": ["bilevel", "thinning"]}).posterior
+
+
 def test_unmeasured_entries_add_feature_masking_to_an_automatic_choice_only() -> None:
     auto, chosen = resolve(**AUTO), resolve(**{**AUTO, "masking": "thinning"})
     assert with_missing(auto, True).masking == ("thinning", "features")

@@ -100,7 +100,8 @@ def impute(
     masking
         What is hidden in training: ``"thinning"``, ``"bilevel"``, ``"tokens"``, ``"features"``, a list of which each
         FOV draws one in each epoch, or None. ``"auto"`` is ``"thinning"``, with ``"features"`` where ``missing`` is
-        given, and ``"bilevel"`` with the Gaussian decoder.
+        given, and ``"bilevel"`` with the Gaussian decoder. Only thinning teaches how much to trust a cell's own count;
+        without it the count is not used again after the network.
     n_latent
         Dimensions of the latent space; 64, or 20 in the paper's preset, by default.
     max_epochs
