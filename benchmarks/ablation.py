@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ SIMULATED = "simulated"
 DEFAULT = "default"
 TARGET_SUM = 250.0
 PROTOCOLS = ("thinning", "entries", "blocks")
-KEY = ("data", "size", "protocol", "seed", "variant")
+KEY = ("data", "library_key", "size", "protocol", "seed", "variant", "settings")
 RESULTS = ("validation", "gain", "gene_pearson", "rmse", "steps", "cpu_seconds")
 COLUMNS = (*KEY, "n_cells", "n_genes", "split", "code", *RESULTS)
 
@@ -118,8 +119,8 @@ VARIANTS: dict[str, Variant] = {
     "no_averaging": Variant("no averaging of weights", {}, {"averaging": 0.0}),
     # The paper's configuration, and what its parts are worth there.
     "paper": Variant("paper", {"preset": "paper"}),
-    "paper_no_position": Variant("paper, no position", {"preset": "paper", "positional": None}),
-    "paper_no_attention": Variant("paper, no attention", {"preset": "paper", "encoder": "mlp"}),
+    "paper_no_position": Variant("… no position", {"preset": "paper", "positional": None}),
+    "paper_no_attention": Variant("… no attention", {"preset": "paper", "encoder": "mlp"}),
 }  # fmt: skip
 
 
@@ -130,23 +131,23 @@ class Question:
     title: str
     variants: tuple[str, ...]
     reference: str = DEFAULT
+    percent: bool = True
+    """Whether changes are shown in percent of the reference's score, or, where that may be near 0, in its own unit."""
 
 
 QUESTIONS: dict[str, Question] = {
     "space": Question(
         "Does the spatial transformer beat the same model without attention, and without space?",
-        ("mlp", "performer_relu", "exact", "windows", "gat", "one_hop",
-         "no_neighbours", "mlp_no_neighbours"),
+        ("mlp", "performer_relu", "exact", "windows", "gat", "one_hop", "no_neighbours", "mlp_no_neighbours"),
     ),
     "position": Question(
         "How should a cell's place be told (RQ1), and which encoding is best (RQ3)?",
         ("patch", "linear", "mlp_coordinates", "sinusoidal", "fourier", "laplacian", "random_walk", "signnet",
-         "conditional", "conditional_gat", "two_added", "two_concatenated"),
+         "conditional", "conditional_gat", "windows", "two_added", "two_concatenated"),
     ),
     "position_alone": Question(
         "What is an encoding worth where neighbours' expression is not an input?",
-        ("signnet_no_neighbours",
-         DEFAULT),
+        ("signnet_no_neighbours", DEFAULT),
         reference="no_neighbours",
     ),
     "masking": Question(
@@ -166,6 +167,7 @@ QUESTIONS: dict[str, Question] = {
         "What are the parts worth in the paper's configuration?",
         ("paper_no_position", "paper_no_attention", DEFAULT),
         reference="paper",
+        percent=False,
     ),
 }  # fmt: skip
 
@@ -246,6 +248,21 @@ def scores(adata: Any, protocol: str, split: Any, hidden: Any, model: Any, obser
     }
 
 
+def build(name: str, size: str, **arguments: Any) -> Any:
+    """Return the model of a variant, not fitted."""
+    import spaformer_sc as sf
+
+    variant = VARIANTS[name]
+    settings = {**SIZES[size].settings, **variant.settings}
+    return sf.SpaFormer(progress=False, settings=settings, **variant.choices, **arguments)
+
+
+def fingerprint(name: str, size: str) -> str:
+    """Return a checksum of all that a variant decides, so that runs of another default are not taken for this one's."""
+    decided = build(name, size).settings.to_dict()
+    return checksum([json.dumps(decided, sort_keys=True).encode()])
+
+
 def run_group(
     data: str, library_key: str, size: str, protocol: str, seed: int, variants: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
@@ -264,31 +281,26 @@ def run_group(
     observed.obsm["spatial"] = adata.obsm["spatial"]
     if hidden is not None:
         observed.layers["hidden"] = hidden
-    fingerprint = checksum(array.tobytes() for array in (split.train.indptr, split.train.indices, split.train.data))
+    parts = checksum(array.tobytes() for array in (split.train.indptr, split.train.indices, split.train.data))
+    key = "fov" if adata.obs["fov"].nunique() > 1 else None
+    # What is loaded and set up once in a process shall not count as the cost of the first variant.
+    sf.SpaFormer(library_key=key, progress=False, settings={**SIZES[size].settings, "n_steps": 2}).fit(observed)
     known: dict[Any, dict[str, Any]] = {}
     for name in variants:
-        variant = VARIANTS[name]
         try:
-            start = time.process_time()
-            model = sf.SpaFormer(
-                library_key="fov" if adata.obs["fov"].nunique() > 1 else None,
-                missing=None if hidden is None else "hidden",
-                random_state=seed,
-                progress=False,
-                settings={**SIZES[size].settings, **variant.settings},
-                **variant.choices,
-            )
+            model = build(name, size, library_key=key, missing=None if hidden is None else "hidden", random_state=seed)
             same = replace(with_missing(model.settings, hidden is not None), masking_is_auto=True)
             if same in known:  # a variant that is another one under this protocol
                 yield known[same] | {"variant": name}
                 continue
+            start = time.process_time()
             model.fit(observed)
             seconds = time.process_time() - start
             known[same] = {
                 "variant": name,
                 "n_cells": adata.n_obs,
                 "n_genes": adata.n_vars,
-                "split": fingerprint,
+                "split": parts,
                 "validation": model.scores["gain"],
                 **scores(adata, protocol, split, hidden, model, observed),
                 "steps": int(max(model.history["step"])),
@@ -315,8 +327,11 @@ def run_groups(groups: list[dict[str, Any]], jobs: int, out: Path, rows: list[Ro
                 left.discard(result["variant"])
                 with lock:
                     done += 1
-                    place = {"data": names[group["data"]], **{k: group[k] for k in ("size", "protocol", "seed")}}
-                    print(f"[{done}/{total}] {' '.join(map(str, place.values()))} {result['variant']}", file=sys.stderr)
+                    place = {"data": names[group["data"]]}
+                    place |= {k: group[k] for k in ("library_key", "size", "protocol", "seed")}
+                    place["settings"] = fingerprint(result["variant"], group["size"])
+                    label = " ".join(map(str, (place["data"], group["protocol"], group["seed"], result["variant"])))
+                    print(f"[{done}/{total}] {label}", file=sys.stderr)
                     if "error" in result:
                         failed += 1
                         print(f"  failed: {result['error']}", file=sys.stderr)
@@ -336,14 +351,15 @@ def run_groups(groups: list[dict[str, Any]], jobs: int, out: Path, rows: list[Ro
 
 @dataclass(frozen=True)
 class Change:
-    """Change of a score against the reference, in percent of the reference's; positive is better.
+    """Change of a score against the reference; positive is better.
 
     Attributes
     ----------
     by_data
         Mean and standard deviation over seeds, by data set.
     mean, half_width
-        Mean over data sets, and half the width of its 95 % interval (spread over seeds; data sets taken as given).
+        Mean over data sets, and half the width of its 95 % interval: spread of paired differences over seeds, data sets
+        taken as given, spreads not taken as equal (Satterthwaite 1946).
     """
 
     by_data: dict[str, tuple[float, float]]
@@ -360,7 +376,9 @@ class Change:
         return "worse" if self.mean < -self.half_width else "no difference"
 
 
-def change(rows: list[Row], protocol: str, variant: str, reference: str, score: str) -> Change | None:
+def change(
+    rows: list[Row], protocol: str, variant: str, reference: str, score: str, *, percent: bool = True
+) -> Change | None:
     """Compare a variant with the reference over the data sets and seeds that both were run on; None without any."""
     from scipy import stats
 
@@ -372,18 +390,22 @@ def change(rows: list[Row], protocol: str, variant: str, reference: str, score: 
     sign = -1.0 if score == "rmse" else 1.0
     by_data: dict[str, list[float]] = {}
     for data, seed in sorted(new.keys() & old.keys()):
-        relative = 100 * sign * (new[data, seed] - old[data, seed]) / abs(old[data, seed])
-        by_data.setdefault(data, []).append(relative)
+        difference = sign * (new[data, seed] - old[data, seed])
+        by_data.setdefault(data, []).append(100 * difference / old[data, seed] if percent else difference)
     if not by_data:
         return None
     summary = {
         data: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else math.nan) for data, v in by_data.items()
     }
     mean = statistics.mean(m for m, _ in summary.values())
-    freedom = sum(len(v) - 1 for v in by_data.values())
-    if freedom == 0 or any(len(v) < 2 for v in by_data.values()):
+    if any(len(v) < 2 for v in by_data.values()):
         return Change(summary, mean, math.nan)
-    error = math.sqrt(sum(statistics.variance(v) / len(v) for v in by_data.values())) / len(by_data)
+    squared_errors = [statistics.variance(v) / len(v) for v in by_data.values()]
+    spread = sum(e * e / (len(v) - 1) for e, v in zip(squared_errors, by_data.values(), strict=True))
+    if not spread:
+        return Change(summary, mean, 0.0)
+    freedom = sum(squared_errors) ** 2 / spread
+    error = math.sqrt(sum(squared_errors)) / len(by_data)
     return Change(summary, mean, float(stats.t.ppf(0.975, freedom)) * error)
 
 
@@ -392,19 +414,20 @@ def primary(protocol: str) -> str:
     return "gain" if protocol == "thinning" else "rmse"
 
 
-def _cost(rows: list[Row], protocol: str, variant: str, reference: str) -> float:
-    """Median over data sets and seeds of processor time per training step over the reference's."""
-    per_step = {
-        (row["variant"], row["data"], row["seed"]): float(row["cpu_seconds"]) / float(row["steps"])
-        for row in rows
-        if row["protocol"] == protocol
-    }
-    ratios = [
-        per_step[variant, data, seed] / value
-        for (name, data, seed), value in per_step.items()
-        if name == reference and (variant, data, seed) in per_step
+def costs(rows: list[Row]) -> list[dict[str, str]]:
+    """Processor time of a fit per training step over the default's: median over data sets, protocols and seeds."""
+    by_run: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        run = by_run.setdefault((row["data"], row["protocol"], row["seed"]), {})
+        run[row["variant"]] = float(row["cpu_seconds"]) / float(row["steps"])
+    ratios: dict[str, list[float]] = {}
+    for run in by_run.values():
+        for variant, seconds in run.items():
+            if DEFAULT in run:
+                ratios.setdefault(variant, []).append(seconds / run[DEFAULT])
+    return [
+        {"variant": VARIANTS[v].label, "cost": f"{statistics.median(ratios[v]):.2f}"} for v in VARIANTS if v in ratios
     ]
-    return statistics.median(ratios)
 
 
 def table(rows: list[Row], question: Question, protocol: str) -> list[dict[str, str]]:
@@ -423,21 +446,32 @@ def table(rows: list[Row], question: Question, protocol: str) -> list[dict[str, 
     unit = "nats" if score == "gain" else "RMSE"
     table_rows = [
         {"variant": f"{VARIANTS[question.reference].label} ({unit})", **{data: value(data) for data in sets}}
-        | {"all": "", "verdict": "", "validation": "", "cost": "1.00"}
+        | {"all": "", "verdict": "", "validation": "", "gene Pearson": ""}
     ]
+    digits = 2 if question.percent else 4
     for name in question.variants:
-        found = change(rows, protocol, name, question.reference, score)
-        validation = change(rows, protocol, name, question.reference, "validation")
-        if name == question.reference or found is None or validation is None:
+        found, validation, pearson = (
+            change(rows, protocol, name, question.reference, column, percent=percent)
+            for column, percent in (
+                (score, question.percent),
+                ("validation", question.percent),
+                ("gene_pearson", False),
+            )
+        )
+        if name == question.reference or found is None or validation is None or pearson is None:
             continue
-        cells = {data: f"{m:+.2f} ± {s:.2f}" for data, (m, s) in found.by_data.items()}
+
+        def shown(value: float, spread: float) -> str:
+            return f"{value:+.{digits}f} ± {spread:.{digits}f}"
+
+        cells = {data: shown(*value) for data, value in found.by_data.items()}
         table_rows.append(
             {"variant": VARIANTS[name].label, **{data: cells.get(data, "") for data in sets}}
             | {
-                "all": f"{found.mean:+.2f} ± {found.half_width:.2f}",
+                "all": shown(found.mean, found.half_width),
                 "verdict": found.verdict,
-                "validation": f"{validation.mean:+.2f} ± {validation.half_width:.2f} ({validation.verdict})",
-                "cost": f"{_cost(rows, protocol, name, question.reference):.2f}",
+                "validation": f"{shown(validation.mean, validation.half_width)} ({validation.verdict})",
+                "gene Pearson": f"{pearson.mean:+.4f} ± {pearson.half_width:.4f}",
             }
         )
     return table_rows
@@ -466,15 +500,18 @@ def draw(rows: list[Row], question: Question, protocols: Sequence[str], path: Pa
     for axis, protocol in zip(axes[0], protocols, strict=True):
         axis.axvline(0, color="0.6", linewidth=1)
         for place, name in enumerate(names):
-            found = change(rows, protocol, name, question.reference, primary(protocol))
+            found = change(rows, protocol, name, question.reference, primary(protocol), percent=question.percent)
             if found is None:
                 continue
             axis.errorbar(found.mean, place, xerr=found.half_width, color="black", capsize=3, marker="|", zorder=3)
             for data, (mean, _) in found.by_data.items():
                 axis.plot(mean, place, "o", markersize=5, color=colours[sets.index(data) % len(colours)], alpha=0.8)
-        axis.set_xscale("symlog", linthresh=2)
+        axis.set_xscale("symlog", linthresh=2 if question.percent else 0.02)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_title(f"{protocol} ({'nats' if primary(protocol) == 'gain' else 'RMSE'})", fontsize=10)
-        axis.set_xlabel(f"change from “{VARIANTS[question.reference].label}”, %\n(right is better)", fontsize=9)
+        unit = "%" if question.percent else "nats" if primary(protocol) == "gain" else "RMSE"
+        reference = VARIANTS[question.reference].label
+        axis.set_xlabel(f"change from “{reference}”, {unit}\n(right is better)", fontsize=9)
     axes[0][0].set_yticks(range(len(names)), [VARIANTS[name].label for name in names], fontsize=9)
     axes[0][0].set_ylim(len(names) - 0.5, -0.5)
     handles = [
@@ -503,7 +540,13 @@ def report(rows: list[Row], folder: Path) -> str:
         if len({row["split"] for row in rows if (row["data"], row["protocol"], row["seed"]) == place}) > 1:
             raise SystemExit(f"{' '.join(place)}: variants saw different splits; remove these rows and run again.")
     facts = {row["data"]: f"{row['n_cells']} cells × {row['n_genes']} genes" for row in rows}
-    lines = ["; ".join(f"**{data}** {fact}" for data, fact in sorted(facts.items())) + ".", ""]
+    codes = Counter(row["code"] for row in rows)
+    lines = [
+        "; ".join(f"**{data}** {fact}" for data, fact in sorted(facts.items())) + ".",
+        "",
+        f"Code: {', '.join(f'{code} ({n} runs)' for code, n in codes.items())}.",
+        "",
+    ]
     for name, question in QUESTIONS.items():
         tables = {protocol: table(rows, question, protocol) for protocol in PROTOCOLS}
         tables = {protocol: found for protocol, found in tables.items() if len(found) > 1}
@@ -517,6 +560,8 @@ def report(rows: list[Row], folder: Path) -> str:
                 writer.writeheader()
                 writer.writerows(found)
         draw(rows, question, list(tables), folder / f"{name}.png")
+    if relative := costs(rows):
+        lines += ["## Processor time of a fit per training step, relative to the default", "", markdown(relative), ""]
     page = "\n".join(lines)
     (folder / "tables.md").write_text(page)
     return page
@@ -558,11 +603,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{old} of {len(rows)} runs in {path} were made by other code; they are kept.", file=sys.stderr)
     have = {tuple(row[column] for column in KEY) for row in rows}
     variants = list(dict.fromkeys([DEFAULT, *options.variants]))
+    settings = {variant: fingerprint(variant, options.size) for variant in VARIANTS}
     groups = []
     for protocol in dict.fromkeys(options.protocols):
         for seed in dict.fromkeys(options.seeds):
             for data, name in names.items():
-                missing = [v for v in variants if (name, options.size, protocol, str(seed), v) not in have]
+                place = (name, options.library_key, options.size, protocol, str(seed))
+                missing = [v for v in variants if (*place, v, settings[v]) not in have]
                 if missing:
                     groups.append(
                         {"data": data, "library_key": options.library_key, "size": options.size, "protocol": protocol}
@@ -571,7 +618,8 @@ def main(arguments: list[str] | None = None) -> int:
     failed = run_groups(groups, options.jobs, path, rows, names)
     folder = options.out / options.size
     folder.mkdir(parents=True, exist_ok=True)
-    print(report([row for row in rows if row["size"] == options.size], folder))
+    today = [row for row in rows if row["size"] == options.size and row["library_key"] == options.library_key]
+    print(report([row for row in today if row["settings"] == settings.get(row["variant"])], folder))
     return int(failed > 0)
 
 

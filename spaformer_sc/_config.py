@@ -18,6 +18,8 @@ DECODERS = ("gaussian", "poisson", "nb", "zinb")
 DISPERSIONS = ("gene", "gene_fov", "entry")
 DISPERSED = ("nb", "zinb")
 """Decoders that have a dispersion."""
+READ_THE_GRAPH = frozenset({"gat", "conditional", "conditional_gat"})
+"""Encoders and positional encodings that read the spatial graph between tokens."""
 COMBINATIONS = ("add", "concat")
 MASKINGS = ("bilevel", "tokens", "features", "thinning", "none")
 POSITIONAL = (
@@ -68,8 +70,8 @@ class Training:
     thinning
         Range of the probability that a transcript stays visible under thinning; drawn anew for each FOV and epoch.
     windows
-        Divide a FOV into windows of neighbouring cells, in place of random subsets, for the sequences of a step.
-        Networks that read the graph between their tokens always get windows.
+        Divide a FOV into windows of neighbouring cells, in place of random subsets, for the sequences of a step;
+        always true with what reads the graph between tokens (:data:`READ_THE_GRAPH`).
     """
 
     n_steps: int = 2000
@@ -205,13 +207,13 @@ def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
 
 
 def _pair(name: str, value: Any) -> tuple[float, float]:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
+    if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != 2:
         raise TypeError(f"`{name}={value!r}` must be a pair of numbers.")
     return check_number(name, value[0], 0.0, 1.0), check_number(name, value[1], 0.0, 1.0)
 
 
 def _rate(name: str, value: Any) -> float | tuple[float, float]:
-    return _pair(name, value) if isinstance(value, (list, tuple)) else check_number(name, value, 0.0, 1.0)
+    return _pair(name, value) if hasattr(value, "__len__") else check_number(name, value, 0.0, 1.0)
 
 
 _MODEL: dict[str, Callable[[str, Any], Any]] = {
@@ -249,6 +251,8 @@ _TRAINING: dict[str, Callable[[str, Any], Any]] = {
 }
 ADVANCED = (*_MODEL, *_TRAINING)
 """Names that ``settings=`` takes."""
+ARGUMENTS = ("encoder", "decoder", "positional", "variational", "masking", "n_latent", "max_epochs")
+"""Choices that have an argument of their own."""
 
 
 def with_advanced(settings: Settings, given: Mapping[str, Any] | None) -> Settings:
@@ -264,6 +268,8 @@ def with_advanced(settings: Settings, given: Mapping[str, Any] | None) -> Settin
     if not isinstance(given, Mapping):
         raise TypeError(f"`settings` must be a dictionary of names and values, not {type(given).__name__}.")
     for name in given:
+        if name in ARGUMENTS:
+            raise ValueError(f"`settings[{name!r}]`: give `{name}=` as an argument of its own.")
         check_choice("settings", name, ADVANCED)
     model = {name: check(f"settings[{name!r}]", given[name]) for name, check in _MODEL.items() if name in given}
     training = {name: check(f"settings[{name!r}]", given[name]) for name, check in _TRAINING.items() if name in given}
@@ -274,7 +280,7 @@ def with_advanced(settings: Settings, given: Mapping[str, Any] | None) -> Settin
         )
     low, high = changed.training.thinning
     if not 0 < low <= high < 1:
-        raise ValueError(f"`settings['thinning']={[low, high]}` must rise, and lie between 0 and 1 without these.")
+        raise ValueError(f"`settings['thinning']={[low, high]}` must not fall, and lie between 0 and 1 without these.")
     return changed
 
 
@@ -329,7 +335,7 @@ def resolve(
         chosen = replace(chosen, masking=("bilevel",))
     if masking != "auto":
         chosen = replace(chosen, masking=_names("masking", masking, MASKINGS) or ("none",))
-    if "thinning" not in chosen.masking:
+    if "thinning" not in chosen.masking or chosen.decoder == "gaussian":
         # Only thinning asks for entries that are visible too, and so teaches how much to trust a cell's own count.
         chosen = replace(chosen, posterior=False)
     if n_latent is not None:
@@ -338,12 +344,38 @@ def resolve(
         chosen = replace(chosen, training=replace(chosen.training, max_epochs=max_epochs))
     chosen = replace(chosen, variational=bool(variational), masking_is_auto=masking == "auto")
     chosen = with_advanced(chosen, settings)
+    _check_together(chosen, {} if settings is None else settings)
+    if chosen.encoder in READ_THE_GRAPH or not READ_THE_GRAPH.isdisjoint(chosen.positional):
+        chosen = replace(chosen, training=replace(chosen.training, windows=True))
+    return chosen
+
+
+def _check_together(chosen: Settings, given: Mapping[str, Any]) -> None:
+    """Refuse choices that contradict each other or would do nothing."""
     if chosen.dispersion != "gene" and chosen.decoder not in DISPERSED:
         raise ValueError(
             f"`settings['dispersion']={chosen.dispersion!r}` needs a decoder with a dispersion, not "
             f"decoder={chosen.decoder!r}; choose one of {', '.join(DISPERSED)}, or leave `dispersion` at 'gene'."
         )
-    return chosen
+    if chosen.decoder == "gaussian" and chosen.posterior:
+        raise ValueError(
+            "`settings['posterior']=True` needs a decoder of counts, not decoder='gaussian'; leave it out."
+        )
+    if chosen.training.max_epochs is not None and "n_steps" in given:
+        raise ValueError("`max_epochs` and `settings['n_steps']` both say how long to train; give one of them.")
+    readers = READ_THE_GRAPH.intersection((chosen.encoder, *chosen.positional))
+    if readers and given.get("windows") is False:
+        raise ValueError(
+            f"`settings['windows']=False`: {', '.join(sorted(readers))} reads the graph between neighbouring cells, "
+            "which random subsets do not keep; leave `windows` out."
+        )
+    for name, maskings in (("masked_tokens", ("bilevel", "tokens")), ("masked_features", ("bilevel", "features"))):
+        rate = getattr(chosen.training, name)
+        if rate in (0, (0, 0)) and not set(maskings).isdisjoint(chosen.masking):
+            raise ValueError(
+                f"`settings[{name!r}]={rate}` hides nothing, so that nothing could be learnt; take a share above 0, or "
+                "another `masking`."
+            )
 
 
 def with_missing(settings: Settings, missing: bool) -> Settings:

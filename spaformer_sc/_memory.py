@@ -10,7 +10,9 @@ PACKAGES = 900 * 2**20
 """Memory of the imported packages themselves, roughly."""
 
 
-def state_memory(n_cells: int, n_genes: int, n_counts: int, largest_fov: int, buffer: int, n_inputs: int) -> int:
+def state_memory(
+    n_cells: int, n_genes: int, n_counts: int, largest_fov: int, step: int, buffer: int, n_inputs: int, n_decoded: int
+) -> int:
     """Log the memory that a fit will take at its peak, and warn where there is less.
 
     Parameters
@@ -21,19 +23,23 @@ def state_memory(n_cells: int, n_genes: int, n_counts: int, largest_fov: int, bu
         Number of non-zero counts.
     largest_fov
         Cells of the largest FOV or tile, margin included.
+    step
+        Cells in a training step.
     buffer
         Bytes of the training loop's buffer; the counts that training stops on take as much again.
     n_inputs
         Matrices of expression that the network reads.
+    n_decoded
+        Matrices of cells × genes that decoding a FOV takes at once.
 
     Returns
     -------
     The estimate in bytes.
     """
     dense = 4 * n_cells * n_genes
-    views = 2 * min(buffer, dense * (2 + n_inputs))
+    views = 2 * min(buffer, dense * (2 + n_inputs)) + 4 * step * n_genes * (2 * n_decoded + n_inputs)
     sparse = 8 * 8 * n_counts  # value and column of the counts, their three parts, and the FOVs' share of them
-    prediction = 4 * largest_fov * n_genes * (6 + n_inputs)
+    prediction = 4 * largest_fov * n_genes * (n_decoded + n_inputs)
     # While the fit is scored, predicted rates are there in single and, for one score, in double precision.
     need = PACKAGES + sparse + dense + max(views, prediction + 2 * dense)
     free = available_memory()

@@ -41,14 +41,18 @@ def _names(text: str) -> list[str]:
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """``name=value``; what is not JSON is a string."""
-    name, equals, value = text.partition("=")
+    """``name=value``, the value as in JSON; also none, true and false as Python spells them; else a string."""
+    name, equals, value = (part.strip() for part in text.partition("="))
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} must be NAME=VALUE")
+    words = {"none": None, "null": None, "true": True, "false": False}
+    if value.lower() in words:
+        return name, words[value.lower()]
     try:
-        return name.strip(), json.loads(value)
+        found = json.loads(value)
     except json.JSONDecodeError:
-        return name.strip(), value.strip()
+        return name, value
+    return name, int(found) if isinstance(found, float) and found.is_integer() else found
 
 
 def _parser() -> argparse.ArgumentParser:

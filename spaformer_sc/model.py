@@ -258,13 +258,16 @@ class SpaFormer:
         from .training.sequences import BUFFER_BYTES
 
         n_cells, n_genes = loaded.counts.shape
+        largest = max(f.n_cells for f in loaded.fields)
         state_memory(
             n_cells,
             n_genes,
             n_counts=loaded.counts.nnz,
-            largest_fov=max(f.n_cells for f in loaded.fields),
+            largest_fov=largest,
+            step=min(self.settings.training.tokens_per_step or largest, n_cells),
             buffer=BUFFER_BYTES,
             n_inputs=1 + self.settings.hops,
+            n_decoded=10 if self.settings.decoder != "zinb" and self.settings.dispersion == "gene" else 14,
         )
 
     def _fit(self, loaded: Loaded, device: torch.device) -> None:
@@ -684,7 +687,7 @@ class SpaFormer:
             target_sum=self._model_sum,
             positional=None if module is None else "graph" if module.needs_graph else "rows",
             graph=graph,
-            windows=s.training.windows or graph,
+            windows=s.training.windows,
             device=device,
         )
 

@@ -27,9 +27,18 @@ def ablation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def rows(ablation: ModuleType, values: dict[tuple[str, str, int], float], **columns: str) -> list[dict[str, str]]:
     """Rows of results: (variant, data, seed) to gain."""
-    other = dict.fromkeys(ablation.COLUMNS, "1") | {"protocol": "thinning", "size": "small"} | columns
+    other = dict.fromkeys(ablation.COLUMNS, "1") | {"protocol": "thinning", "size": "small", "library_key": "fov"}
     return [
-        other | {"variant": variant, "data": data, "seed": str(seed), "gain": str(gain), "validation": str(gain)}
+        other
+        | columns
+        | {
+            "settings": ablation.fingerprint(variant, "small"),
+            "variant": variant,
+            "data": data,
+            "seed": str(seed),
+            "gain": str(gain),
+            "validation": str(gain),
+        }
         for (variant, data, seed), gain in values.items()
     ]
 
@@ -54,6 +63,18 @@ def test_differences_are_paired_by_data_and_seed(ablation: ModuleType) -> None:
     error = math.sqrt(2 / 2 + 2 / 2) / 2
     assert found.half_width == pytest.approx(stats.t.ppf(0.975, 2) * error)
     assert found.verdict == "no difference"
+    unit = ablation.change(rows(ablation, gains), "thinning", "mlp", "default", "gain", percent=False)
+    assert unit.by_data["a"][0] == pytest.approx((0.02 + 0.08) / 2)
+
+
+def test_a_noisy_data_set_widens_the_interval(ablation: ModuleType) -> None:
+    # One set has all the spread, so that the interval rests on its three seeds alone: two degrees of freedom.
+    gains = {("default", data, seed): 1.0 for data in "abcde" for seed in (0, 1, 2)}
+    gains |= {("mlp", data, seed): 1.01 for data in "abcd" for seed in (0, 1, 2)}
+    gains |= {("mlp", "e", seed): 1.01 + 0.02 * (seed - 1) for seed in (0, 1, 2)}
+    found = ablation.change(rows(ablation, gains), "thinning", "mlp", "default", "gain")
+    assert found.mean == pytest.approx(1.0)
+    assert found.half_width == pytest.approx(stats.t.ppf(0.975, 2) * math.sqrt(2**2 / 3) / 5, rel=1e-6)
 
 
 @pytest.mark.parametrize(("changes", "verdict"), [((1.0, 1.1), "better"), ((-1.0, -1.1), "worse"), ((-1.0, 1.0), "no difference")])  # fmt: skip # noqa: E501
@@ -86,9 +107,15 @@ def test_a_group_scores_variants_on_one_split(
 ) -> None:
     settings = {"n_steps": 12, "n_validations": 2, "tokens_per_step": 64, "dim": 16, "warmup_steps": 2}
     monkeypatch.setitem(ablation.SIZES, "small", ablation.Size(200, 40, settings))
-    first, same, other = ablation.run_group("simulated", "fov", "small", protocol, 0, ["mlp", "mlp", "latent_20"])
+    first, same = ablation.run_group("simulated", "fov", "small", protocol, 0, ["mlp", "mlp"])
+    other, again = ablation.run_group("simulated", "fov", "small", protocol, 0, ["latent_20", "mlp"])
     assert same == first
+    # A run that is added later saw the same split, and the same variant gives the same result.
     assert other["split"] == first["split"]
+    drop = {"cpu_seconds"}
+    assert {k: v for k, v in again.items() if k not in drop} == pytest.approx(
+        {k: v for k, v in first.items() if k not in drop}, nan_ok=True
+    )
     assert (first["n_cells"], first["n_genes"]) == (200, 40)
     used, unused = ("gain", "rmse") if protocol == "thinning" else ("rmse", "gain")
     assert math.isfinite(first[used])
@@ -139,6 +166,27 @@ def test_the_command_writes_tables_and_skips_what_it_has(
     assert table[1]["verdict"] == "better"
     assert (tmp_path / "small" / "space.png").stat().st_size > 5000
     assert "space.png" in (tmp_path / "small" / "tables.md").read_text()
+
+
+def test_runs_of_another_default_are_not_taken_for_this_one(
+    ablation: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old = rows(ablation, {("default", "simulated", 0): 1.0, ("mlp", "simulated", 0): 1.0})
+    ablation.write_rows(tmp_path / "runs.csv", ablation.COLUMNS, [row | {"settings": "of old"} for row in old])
+    calls: list[dict] = []
+    monkeypatch.setattr(ablation, "run_groups", lambda groups, *_: calls.extend(groups) or 0)
+    ablation.main(["--out", str(tmp_path), "--seeds", "0", "--variants", "mlp"])
+    assert [group["variants"] for group in calls] == [["default", "mlp"]]
+
+
+def test_cost_is_compared_within_a_run(ablation: ModuleType) -> None:
+    made = rows(ablation, {(v, "a", s): 1.0 for v in ("default", "mlp") for s in (0, 1, 2)})
+    for row in made:
+        slow_machine = 1 + 5 * int(row["seed"])
+        row["steps"], row["cpu_seconds"] = "10", str(slow_machine * (1.0 if row["variant"] == "default" else 0.5))
+    assert ablation.costs(made) == [
+        {"variant": "default", "cost": "1.00"}, {"variant": "no attention", "cost": "0.50"}
+    ]  # fmt: skip
 
 
 def test_a_run_that_fails_is_counted_and_the_others_are_kept(ablation: ModuleType, tmp_path: Path) -> None:

@@ -340,3 +340,16 @@ def test_names_of_the_package():
         assert getattr(sf, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         sf.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("tokens_per_step=none", ("tokens_per_step", None)), ("tokens_per_step=None", ("tokens_per_step", None)),
+     ("windows=True", ("windows", True)), ("windows = false", ("windows", False)), ("n_steps=1e3", ("n_steps", 1000)),
+     ("dropout=0.1", ("dropout", 0.1)), ("dispersion=entry", ("dispersion", "entry")),
+     ("thinning=[0.4, 0.6]", ("thinning", [0.4, 0.6]))],
+)  # fmt: skip
+def test_values_of_settings_are_read_as_they_are_written_down(text, expected):
+    found = cli._setting(text)
+    assert found == expected
+    assert type(found[1]) is type(expected[1])

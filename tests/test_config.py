@@ -12,7 +12,7 @@ import pytest
 from spaformer_sc import _config
 from spaformer_sc._config import PAPER, Settings, Training, resolve, with_missing
 from spaformer_sc.nn.decoders import DECODERS, NegativeBinomialDecoder
-from spaformer_sc.nn.encoder import ENCODERS
+from spaformer_sc.nn.encoder import ENCODERS, GRAPH_ENCODERS
 from spaformer_sc.nn.masking import CORRUPTIONS
 from spaformer_sc.positional import POSITIONAL
 
@@ -139,3 +139,32 @@ def test_the_page_of_settings_lists_each_with_its_defaults() -> None:
         for name, texts in shown.items():
             if texts[column] != "–":
                 assert plain(texts[column]) == values[name], name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "message"),
+    [({"masking": "bilevel"}, {"masked_tokens": 0}, "hides nothing"),
+     ({"masking": "features"}, {"masked_features": (0, 0)}, "hides nothing"),
+     ({"max_epochs": 3}, {"n_steps": 50}, "give one of them"),
+     ({"decoder": "gaussian"}, {"posterior": True}, "decoder of counts"),
+     ({"encoder": "gat"}, {"windows": False}, "leave `windows` out"),
+     ({}, {"encoder": "mlp"}, "argument of its own")],
+)  # fmt: skip
+def test_choices_that_contradict_each_other_are_refused(arguments: dict, given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(**{**AUTO, **arguments}, settings=given)
+
+
+def test_a_schedule_may_start_at_nothing_hidden() -> None:
+    assert resolve(**{**AUTO, "masking": "bilevel"}, settings={"masked_tokens": (0, 0.6)})
+
+
+@pytest.mark.parametrize("choice", [{"encoder": "gat"}, {"positional": ["linear", "conditional"]}])
+def test_what_reads_the_graph_gets_windows_and_says_so(choice: dict) -> None:
+    assert resolve(**{**AUTO, **choice}).training.windows
+    assert not resolve(**AUTO).training.windows
+
+
+def test_what_reads_the_graph_is_what_the_registries_say() -> None:
+    reading = {name for name, encoding in POSITIONAL.items() if encoding.needs_tokens}
+    assert GRAPH_ENCODERS | reading == _config.READ_THE_GRAPH

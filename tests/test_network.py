@@ -249,3 +249,16 @@ def test_batches_of_windows_carry_their_graph() -> None:
     batches = list(sampler(windows=True, graph=True).epoch(data, torch.Generator().manual_seed(1)))
     assert sum(len(b.tokens.depth) for b in batches) == 90
     assert all(b.tokens.edge_index is not None and b.tokens.edge_index.max() < len(b.tokens.depth) for b in batches)
+
+
+def test_a_schedule_moves_within_an_epoch_too() -> None:
+    rates = MaskingSchedule(tokens=1.0, features=(0.0, 1.0), thinning=(0.3, 0.7))
+    take = sampler(corruptions=("bilevel",), rates=rates, tokens_per_step=None)
+    data = tissue(n=900, n_fovs=3)
+
+    def hidden(progress: tuple[float, float]) -> list[float]:
+        batches = take.epoch(data, torch.Generator().manual_seed(0), progress)
+        return sorted(1 - b.tokens.visible.float().mean().item() for b in batches)
+
+    assert hidden((0.0, 1.0)) == pytest.approx([1 / 6, 3 / 6, 5 / 6], abs=0.03)
+    assert hidden((0.5, 0.5)) == pytest.approx([0.5] * 3, abs=0.03)

@@ -61,7 +61,7 @@ def fixed_loss(model: sf.SpaFormer, tissue, network) -> float:
     with torch.inference_mode():
         losses = [
             batch_loss(network, batch, KL_WEIGHT, torch.Generator())
-            for batch in sampler.epoch(data, torch.Generator().manual_seed(0), 0.5)
+            for batch in sampler.epoch(data, torch.Generator().manual_seed(0), (0.5, 0.5))
         ]
     return float(torch.stack(losses).mean())
 

@@ -96,7 +96,8 @@ def impute(
         ``"zinb"`` is per gene; ``settings={"dispersion": "gene_fov"}`` makes it per gene and FOV, ``"entry"`` per
         entry. ``"auto"`` is ``"poisson"``, and ``"gaussian"`` in the paper's preset.
     variational
-        Train as a variational autoencoder.
+        Train with a variational latent. Its divergence has a weight of 0.01: the latent is made from what is visible
+        and judged by what is hidden, so that this is an information bottleneck and not an evidence lower bound.
     masking
         What is hidden in training: ``"thinning"``, ``"bilevel"``, ``"tokens"``, ``"features"``, a list of which each
         FOV draws one in each epoch, or None. ``"auto"`` is ``"thinning"``, with ``"features"`` where ``missing`` is
@@ -134,7 +135,7 @@ def impute(
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, …
     random_state
-        Seed of everything random; the same seed on the same machine gives the same result.
+        Seed of everything random; on a CPU the same seed on the same machine gives the same result.
     progress
         Show a progress bar with the score on held-out counts.
     copy

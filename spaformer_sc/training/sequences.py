@@ -258,11 +258,30 @@ class Sampler:
             return len(data)
         return max(1, round(sum(int(s.fov.own.sum()) for s in data) / self.tokens_per_step))
 
-    def epoch(self, data: Sequence[FieldCounts], generator: torch.Generator, progress: float = 0.0) -> Iterator[Batch]:
-        """Yield the batches of one epoch, every cell a token once, at a ``progress`` from 0 to 1 of the training."""
+    def epoch(
+        self,
+        data: Sequence[FieldCounts],
+        generator: torch.Generator,
+        progress: tuple[float, float] = (0.0, 0.0),
+    ) -> Iterator[Batch]:
+        """Yield the batches of one epoch; every cell is a token once.
+
+        Parameters
+        ----------
+        data
+            The FOVs.
+        generator
+            Source of all that is random.
+        progress
+            Share of the training, from 0 to 1, that is done when the epoch starts and when it ends.
+        """
+        first, last = progress
         order = torch.randperm(len(data), generator=generator).tolist()
+        done = 0
         for group in self._groups([data[i] for i in order]):
-            yield from self._group(group, generator, self.rates.at(progress))
+            at = [first + (last - first) * (done + i + 0.5) / len(data) for i in range(len(group))]
+            done += len(group)
+            yield from self._group(group, generator, [self.rates.at(value) for value in at])
 
     def _groups(self, data: Sequence[FieldCounts]) -> Iterator[list[FieldCounts]]:
         """Consecutive FOVs whose corrupted views fit into the buffer together; at least one."""
@@ -278,12 +297,14 @@ class Sampler:
         if group:
             yield group
 
-    def _group(self, group: Sequence[FieldCounts], generator: torch.Generator, rates: MaskingRates) -> Iterator[Batch]:
+    def _group(
+        self, group: Sequence[FieldCounts], generator: torch.Generator, rates: Sequence[MaskingRates]
+    ) -> Iterator[Batch]:
         pieces: list[tuple[View, Tensor]] = []
-        for sequence in group:
+        for sequence, rate in zip(group, rates, strict=True):
             choice = self.corruptions[int(torch.randint(len(self.corruptions), (), generator=generator))]
             measured = None if sequence.measured is None else torch.from_numpy(sequence.measured)
-            corrupted = CORRUPTIONS[choice](sequence.sparse(), measured, self.gene_share, rates, generator)
+            corrupted = CORRUPTIONS[choice](sequence.sparse(), measured, self.gene_share, rate, generator)
             whole = view(sequence, corrupted, self.gene_share, self.target_sum)
             own = torch.from_numpy(np.flatnonzero(sequence.fov.own))
             n_parts = 1 if self.tokens_per_step is None else max(1, round(len(own) / self.tokens_per_step))

@@ -210,7 +210,7 @@ def train(
     step = 0
     with seeded(seed + 3, sampler.device):  # dropout draws from the global generator
         for epoch in range(n_epochs):
-            for batch in sampler.epoch(data, corruption, epoch / max(1, n_epochs - 1)):
+            for batch in sampler.epoch(data, corruption, (epoch / n_epochs, (epoch + 1) / n_epochs)):
                 factor = learning_rate_factor(step, n_steps, config)
                 for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
