@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections import Counter
@@ -119,8 +121,8 @@ VARIANTS: dict[str, Variant] = {
     "no_averaging": Variant("no averaging of weights", {}, {"averaging": 0.0}),
     # The paper's configuration, and what its parts are worth there.
     "paper": Variant("paper", {"preset": "paper"}),
-    "paper_no_position": Variant("… no position", {"preset": "paper", "positional": None}),
-    "paper_no_attention": Variant("… no attention", {"preset": "paper", "encoder": "mlp"}),
+    "paper_no_position": Variant("paper, no position", {"preset": "paper", "positional": None}),
+    "paper_no_attention": Variant("paper, no attention", {"preset": "paper", "encoder": "mlp"}),
 }  # fmt: skip
 
 
@@ -164,7 +166,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "training": Question("Size and training", ("one_layer", "latent_20", "dropout", "no_averaging", "paper")),
     "paper": Question(
-        "What are the parts worth in the paper's configuration?",
+        "What are the parts worth in the paper's configuration? Changes in the unit of the score.",
         ("paper_no_position", "paper_no_attention", DEFAULT),
         reference="paper",
         percent=False,
@@ -274,6 +276,7 @@ def run_group(
     import spaformer_sc as sf
     from spaformer_sc._config import with_missing
 
+    logging.getLogger("spaformer_sc").setLevel(logging.ERROR)
     adata = load(data, library_key, SIZES[size])
     adata.X = sparse.csr_matrix(adata.X)
     split, hidden = split_of(adata, protocol, seed)
@@ -490,12 +493,13 @@ def draw(rows: list[Row], question: Question, protocols: Sequence[str], path: Pa
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
     sets = sorted({row["data"] for row in rows})
     names = [v for v in question.variants if v != question.reference and any(row["variant"] == v for row in rows)]
     figure, axes = plt.subplots(
-        1, len(protocols), figsize=(3.2 + 3.4 * len(protocols), 1.5 + 0.34 * len(names)), sharey=True, squeeze=False
+        1, len(protocols), figsize=(3.2 + 3.4 * len(protocols), 2.0 + 0.34 * len(names)), sharey=True, squeeze=False
     )
     for axis, protocol in zip(axes[0], protocols, strict=True):
         axis.axvline(0, color="0.6", linewidth=1)
@@ -506,12 +510,18 @@ def draw(rows: list[Row], question: Question, protocols: Sequence[str], path: Pa
             axis.errorbar(found.mean, place, xerr=found.half_width, color="black", capsize=3, marker="|", zorder=3)
             for data, (mean, _) in found.by_data.items():
                 axis.plot(mean, place, "o", markersize=5, color=colours[sets.index(data) % len(colours)], alpha=0.8)
-        axis.set_xscale("symlog", linthresh=2 if question.percent else 0.02)
+        straight = 1.0 if question.percent else 0.01
+        axis.set_xscale("symlog", linthresh=straight)
+        steps = [straight * step for step in (1, 3, 10, 30, 100, 300, 1000)]
+        axis.xaxis.set_major_locator(FixedLocator([-step for step in reversed(steps)] + [0, *steps]))
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_title(f"{protocol} ({'nats' if primary(protocol) == 'gain' else 'RMSE'})", fontsize=10)
         unit = "%" if question.percent else "nats" if primary(protocol) == "gain" else "RMSE"
         reference = VARIANTS[question.reference].label
-        axis.set_xlabel(f"change from “{reference}”, {unit}\n(right is better)", fontsize=9)
+        axis.set_xlabel(
+            f"change from “{reference}”, {unit}; right is better\n(logarithmic beyond ±{straight:g})", fontsize=9
+        )
     axes[0][0].set_yticks(range(len(names)), [VARIANTS[name].label for name in names], fontsize=9)
     axes[0][0].set_ylim(len(names) - 0.5, -0.5)
     handles = [
@@ -520,7 +530,7 @@ def draw(rows: list[Row], question: Question, protocols: Sequence[str], path: Pa
     ]
     handles.append(plt.Line2D([], [], marker="|", color="black", label="mean, 95 % interval"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.suptitle(question.title, fontsize=11)
+    figure.suptitle(textwrap.fill(question.title, int(10 * figure.get_figwidth())), fontsize=11)
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -545,6 +555,9 @@ def report(rows: list[Row], folder: Path) -> str:
         "; ".join(f"**{data}** {fact}" for data, fact in sorted(facts.items())) + ".",
         "",
         f"Code: {', '.join(f'{code} ({n} runs)' for code, n in codes.items())}.",
+        "",
+        "Changes from the first row, positive where better, in percent unless the title says otherwise: mean ± "
+        "standard deviation over seeds; `all` and the columns after it: mean over data sets ± half its 95 % interval.",
         "",
     ]
     for name, question in QUESTIONS.items():

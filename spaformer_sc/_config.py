@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ._checks import check_choice, check_flag, check_integer, check_number
+from ._checks import _did_you_mean, check_choice, check_flag, check_integer, check_number
 
 PRESETS = ("default", "paper")
 QUALITIES = ("fast", "default", "best")
@@ -206,14 +206,21 @@ def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return lambda name, value: None if value is None else check(name, value)
 
 
+def _hops(name: str, value: Any) -> int:
+    hops = check_integer(name, value, minimum=0)
+    check_choice(name, hops, (0, 1, 2))
+    return hops
+
+
 def _pair(name: str, value: Any) -> tuple[float, float]:
     if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != 2:
-        raise TypeError(f"`{name}={value!r}` must be a pair of numbers.")
+        raise TypeError(f"`{name}={value!r}` must be a pair of numbers, such as [0.3, 0.7].")
     return check_number(name, value[0], 0.0, 1.0), check_number(name, value[1], 0.0, 1.0)
 
 
 def _rate(name: str, value: Any) -> float | tuple[float, float]:
-    return _pair(name, value) if hasattr(value, "__len__") else check_number(name, value, 0.0, 1.0)
+    pair = hasattr(value, "__len__") and not isinstance(value, str)
+    return _pair(name, value) if pair else check_number(name, value, 0.0, 1.0)
 
 
 _MODEL: dict[str, Callable[[str, Any], Any]] = {
@@ -222,7 +229,7 @@ _MODEL: dict[str, Callable[[str, Any], Any]] = {
     "n_heads": _whole(),
     "feedforward": _whole(),
     "dropout": _number(0.0, 0.95),
-    "hops": lambda name, value: int(check_number(name, check_integer(name, value, minimum=0), 0, 2)),
+    "hops": _hops,
     "posterior": check_flag,
     "dispersion": _choice(*DISPERSIONS),
     "positional_combine": _choice(*COMBINATIONS),
@@ -251,7 +258,21 @@ _TRAINING: dict[str, Callable[[str, Any], Any]] = {
 }
 ADVANCED = (*_MODEL, *_TRAINING)
 """Names that ``settings=`` takes."""
-ARGUMENTS = ("encoder", "decoder", "positional", "variational", "masking", "n_latent", "max_epochs")
+ARGUMENTS = (
+    "preset",
+    "quality",
+    "encoder",
+    "decoder",
+    "positional",
+    "variational",
+    "masking",
+    "n_latent",
+    "max_epochs",
+    "graph",
+    "n_neighbors",
+    "output",
+    "random_state",
+)
 """Choices that have an argument of their own."""
 
 
@@ -270,7 +291,9 @@ def with_advanced(settings: Settings, given: Mapping[str, Any] | None) -> Settin
     for name in given:
         if name in ARGUMENTS:
             raise ValueError(f"`settings[{name!r}]`: give `{name}=` as an argument of its own.")
-        check_choice("settings", name, ADVANCED)
+        if name not in ADVANCED:
+            hint = _did_you_mean(str(name), ADVANCED)
+            raise ValueError(f"`settings` has no {name!r}.{hint} It has: {', '.join(ADVANCED)}.")
     model = {name: check(f"settings[{name!r}]", given[name]) for name, check in _MODEL.items() if name in given}
     training = {name: check(f"settings[{name!r}]", given[name]) for name, check in _TRAINING.items() if name in given}
     changed = replace(settings, **model, training=replace(settings.training, **training))
@@ -280,7 +303,9 @@ def with_advanced(settings: Settings, given: Mapping[str, Any] | None) -> Settin
         )
     low, high = changed.training.thinning
     if not 0 < low <= high < 1:
-        raise ValueError(f"`settings['thinning']={[low, high]}` must not fall, and lie between 0 and 1 without these.")
+        raise ValueError(
+            f"`settings['thinning']={[low, high]}` must be two shares between 0 and 1, the first not above the second."
+        )
     return changed
 
 
@@ -351,7 +376,7 @@ def resolve(
 
 
 def _check_together(chosen: Settings, given: Mapping[str, Any]) -> None:
-    """Refuse choices that contradict each other or would do nothing."""
+    """Refuse choices that contradict each other, or hide nothing."""
     if chosen.dispersion != "gene" and chosen.decoder not in DISPERSED:
         raise ValueError(
             f"`settings['dispersion']={chosen.dispersion!r}` needs a decoder with a dispersion, not "

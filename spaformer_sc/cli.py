@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_setting,
         dest="settings",
         metavar="NAME=VALUE",
-        help="any further choice, such as --set hops=0 --set dispersion=entry; see docs/settings.md",
+        help="any further choice, such as --set hops=0; once for each; see docs/settings.md",
     )
     model.add_argument("--graph", choices=GRAPHS, default="knn", help="spatial graph (default: knn)")
     model.add_argument("--n-neighbors", type=int, default=6, metavar="N", help="neighbours of knn (default: 6)")

@@ -114,7 +114,7 @@ def test_every_field_without_an_argument_is_an_advanced_setting() -> None:
 
 @pytest.mark.parametrize(
     ("given", "error", "message"),
-    [({"hop": 1}, ValueError, "hops"), ({"hops": 3}, ValueError, "from 0 to 2"), ({"hops": 1.5}, TypeError, "hops"),
+    [({"hop": 1}, ValueError, "hops"), ({"hops": 3}, ValueError, "0, 1, 2"), ({"hops": 1.5}, TypeError, "hops"),
      ({"dropout": -0.1}, ValueError, "dropout"), ({"dropout": float("nan")}, ValueError, "dropout"),
      ({"posterior": "yes"}, TypeError, "posterior"), ({"dispersion": "cell"}, ValueError, "gene_fov"),
      ({"thinning": [0.7, 0.3]}, ValueError, "thinning"), ({"thinning": 0.5}, TypeError, "pair"),
@@ -148,7 +148,8 @@ def test_the_page_of_settings_lists_each_with_its_defaults() -> None:
      ({"max_epochs": 3}, {"n_steps": 50}, "give one of them"),
      ({"decoder": "gaussian"}, {"posterior": True}, "decoder of counts"),
      ({"encoder": "gat"}, {"windows": False}, "leave `windows` out"),
-     ({}, {"encoder": "mlp"}, "argument of its own")],
+     ({}, {"encoder": "mlp"}, "argument of its own"), ({}, {"quality": "fast"}, "argument of its own"),
+     ({}, {"hop": 1}, "Did you mean 'hops'")],
 )  # fmt: skip
 def test_choices_that_contradict_each_other_are_refused(arguments: dict, given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
