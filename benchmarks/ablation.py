@@ -153,7 +153,8 @@ QUESTIONS: dict[str, Question] = {
         reference="no_neighbours",
     ),
     "masking": Question(
-        "How to train for imputation (RQ2)?", ("thinning", "thinning_features", "thinning_bilevel", "no_posterior")
+        "How to train for imputation (RQ2)?",
+        ("thinning", "thinning_features", "thinning_bilevel", "bilevel", "no_posterior"),
     ),
     "bilevel": Question(
         "Does bi-level masking help (RQ5)? All without the posterior, which only thinning can teach.",
