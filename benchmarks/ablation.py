@@ -374,7 +374,7 @@ class Change:
     def verdict(self) -> str:
         """What the interval says."""
         if math.isnan(self.half_width):
-            return "one seed"
+            return "too few seeds"
         if self.mean > self.half_width:
             return "better"
         return "worse" if self.mean < -self.half_width else "no difference"
@@ -466,7 +466,7 @@ def table(rows: list[Row], question: Question, protocol: str) -> list[dict[str, 
             continue
 
         def shown(value: float, spread: float) -> str:
-            return f"{value:+.{digits}f} ± {spread:.{digits}f}"
+            return f"{value:+.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
 
         cells = {data: shown(*value) for data, value in found.by_data.items()}
         table_rows.append(
@@ -475,7 +475,7 @@ def table(rows: list[Row], question: Question, protocol: str) -> list[dict[str, 
                 "all": shown(found.mean, found.half_width),
                 "verdict": found.verdict,
                 "validation": f"{shown(validation.mean, validation.half_width)} ({validation.verdict})",
-                "gene Pearson": f"{pearson.mean:+.4f} ± {pearson.half_width:.4f}",
+                "gene Pearson": f"{pearson.mean:+.4f} ± {pearson.half_width:.4f}".removesuffix(" ± nan"),
             }
         )
     return table_rows

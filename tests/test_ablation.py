@@ -91,7 +91,7 @@ def test_a_smaller_error_is_better(ablation: ModuleType) -> None:
     made[0]["rmse"], made[1]["rmse"] = "0.50", "0.45"
     found = ablation.change(made, "entries", "mlp", "default", "rmse")
     assert found.mean == pytest.approx(10.0)
-    assert found.verdict == "one seed"
+    assert found.verdict == "too few seeds"
 
 
 def test_variants_on_different_splits_are_not_compared(ablation: ModuleType, tmp_path: Path) -> None:
