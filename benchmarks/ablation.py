@@ -277,7 +277,6 @@ def run_group(
     import spaformer_sc as sf
     from spaformer_sc._config import with_missing
 
-    logging.getLogger("spaformer_sc").setLevel(logging.ERROR)
     adata = load(data, library_key, SIZES[size])
     adata.X = sparse.csr_matrix(adata.X)
     split, hidden = split_of(adata, protocol, seed)
@@ -639,6 +638,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] == "--job":
+        logging.getLogger("spaformer_sc").setLevel(logging.ERROR)
         for answer in run_group(**json.loads(sys.argv[2])):
             print(json.dumps(answer), flush=True)
     else:
