@@ -544,8 +544,6 @@ def report(rows: list[Row], folder: Path) -> str:
     SystemExit
         If variants were scored on different splits of the same data set, protocol and seed.
     """
-    import csv
-
     for place in {(row["data"], row["protocol"], row["seed"]) for row in rows}:
         if len({row["split"] for row in rows if (row["data"], row["protocol"], row["seed"]) == place}) > 1:
             raise SystemExit(f"{' '.join(place)}: variants saw different splits; remove these rows and run again.")
@@ -568,10 +566,7 @@ def report(rows: list[Row], folder: Path) -> str:
         lines += [f"## {question.title}", "", f"![{question.title}]({name}.png)", ""]
         for protocol, found in tables.items():
             lines += [f"**{protocol}**", "", markdown(found), ""]
-            with (folder / f"{name}_{protocol}.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(found[0]))
-                writer.writeheader()
-                writer.writerows(found)
+            write_rows(folder / f"{name}_{protocol}.csv", list(found[0]), found)
         draw(rows, question, list(tables), folder / f"{name}.png")
     if relative := costs(rows):
         lines += ["## Processor time of a fit per training step, relative to the default", "", markdown(relative), ""]

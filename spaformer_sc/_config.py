@@ -150,6 +150,11 @@ class Settings:
     model_sum: float | None = None
     training: Training = field(default_factory=Training)
 
+    @property
+    def graph_readers(self) -> frozenset[str]:
+        """Chosen parts that read the spatial graph between tokens."""
+        return READ_THE_GRAPH.intersection((self.encoder, *self.positional))
+
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionary of numbers, strings, booleans, lists and None."""
         plain = asdict(self)
@@ -370,7 +375,7 @@ def resolve(
     chosen = replace(chosen, variational=bool(variational), masking_is_auto=masking == "auto")
     chosen = with_advanced(chosen, settings)
     _check_together(chosen, {} if settings is None else settings)
-    if chosen.encoder in READ_THE_GRAPH or not READ_THE_GRAPH.isdisjoint(chosen.positional):
+    if chosen.graph_readers:
         chosen = replace(chosen, training=replace(chosen.training, windows=True))
     return chosen
 
@@ -388,11 +393,10 @@ def _check_together(chosen: Settings, given: Mapping[str, Any]) -> None:
         )
     if chosen.training.max_epochs is not None and "n_steps" in given:
         raise ValueError("`max_epochs` and `settings['n_steps']` both say how long to train; give one of them.")
-    readers = READ_THE_GRAPH.intersection((chosen.encoder, *chosen.positional))
-    if readers and given.get("windows") is False:
+    if chosen.graph_readers and given.get("windows") is False:
         raise ValueError(
-            f"`settings['windows']=False`: {', '.join(sorted(readers))} reads the graph between neighbouring cells, "
-            "which random subsets do not keep; leave `windows` out."
+            f"`settings['windows']=False`: {', '.join(sorted(chosen.graph_readers))} reads the graph between neighbouring "
+            "cells, which random subsets do not keep; leave `windows` out."
         )
     for name, maskings in (("masked_tokens", ("bilevel", "tokens")), ("masked_features", ("bilevel", "features"))):
         rate = getattr(chosen.training, name)

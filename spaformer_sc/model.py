@@ -672,13 +672,11 @@ class SpaFormer:
     def _sampler(self, device: torch.device) -> Sampler:
         import torch
 
-        from .nn.encoder import GRAPH_ENCODERS
         from .nn.masking import MaskingSchedule
         from .training.sequences import Sampler
 
         s = self.settings
         module = self._positional()
-        graph = s.encoder in GRAPH_ENCODERS or (module is not None and module.needs_tokens)
         return Sampler(
             tokens_per_step=s.training.tokens_per_step,
             corruptions=s.masking,
@@ -686,7 +684,7 @@ class SpaFormer:
             gene_share=torch.from_numpy(self._shares),
             target_sum=self._model_sum,
             positional=None if module is None else "graph" if module.needs_graph else "rows",
-            graph=graph,
+            graph=bool(s.graph_readers),
             windows=s.training.windows,
             device=device,
         )
