@@ -395,8 +395,8 @@ def _check_together(chosen: Settings, given: Mapping[str, Any]) -> None:
         raise ValueError("`max_epochs` and `settings['n_steps']` both say how long to train; give one of them.")
     if chosen.graph_readers and given.get("windows") is False:
         raise ValueError(
-            f"`settings['windows']=False`: {', '.join(sorted(chosen.graph_readers))} reads the graph between neighbouring "
-            "cells, which random subsets do not keep; leave `windows` out."
+            f"`settings['windows']=False`: {', '.join(sorted(chosen.graph_readers))} reads the graph between "
+            "neighbouring cells, which random subsets do not keep; leave `windows` out."
         )
     for name, maskings in (("masked_tokens", ("bilevel", "tokens")), ("masked_features", ("bilevel", "features"))):
         rate = getattr(chosen.training, name)
