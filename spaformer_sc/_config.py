@@ -104,6 +104,11 @@ class Settings:
         Whether ``masking`` was left to us.
     dim, n_layers, n_heads, feedforward, dropout
         Width of a token, encoder layers, heads, width of the feed-forward block in ``dim``, dropout.
+    wide
+        A linear path from the token to the genes beside the encoder, with half the learning rate; None: the first
+        network without, the second with it, and those after them as the one that did better on held-out counts.
+    pca_start
+        The embeddings of the cell's and its neighbours' expression start at principal components.
     hops
         Rings of spatial neighbours whose mean expression is an input.
     posterior
@@ -121,6 +126,9 @@ class Settings:
         Eigenvectors of ``laplacian`` and ``signnet``, steps of ``random_walk``, wavelengths of ``sinusoidal``.
     n_networks
         Networks trained from different seeds and averaged.
+    mixing
+        Weights of the networks, of the cell's own counts and of the gene means in the prediction are fitted to the
+        counts that training stops on; else networks have equal weights, and nothing is mixed in.
     model_sum
         Depth that expression is normalised to at the input; None for the median of the cells.
     training
@@ -128,7 +136,7 @@ class Settings:
     """
 
     encoder: str = "performer"
-    decoder: str = "poisson"
+    decoder: str = "nb"
     positional: tuple[str, ...] = ()
     variational: bool = False
     masking: tuple[str, ...] = ("thinning",)
@@ -140,13 +148,16 @@ class Settings:
     feedforward: int = 2
     dropout: float = 0.0
     hops: int = 2
+    wide: bool | None = None
+    pca_start: bool = True
     posterior: bool = True
     dispersion: str = "gene"
     positional_combine: str = "add"
     patch_size: float | None = None
     n_frequencies: int = 64
     n_eigenvectors: int = 10
-    n_networks: int = 1
+    n_networks: int = 4
+    mixing: bool = True
     model_sum: float | None = None
     training: Training = field(default_factory=Training)
 
@@ -178,6 +189,10 @@ class Settings:
 
 PAPER = Settings(
     decoder="gaussian",
+    wide=False,
+    pca_start=False,
+    n_networks=1,
+    mixing=False,
     positional=("signnet",),
     masking=("bilevel",),
     n_latent=20,
@@ -235,6 +250,8 @@ _MODEL: dict[str, Callable[[str, Any], Any]] = {
     "feedforward": _whole(),
     "dropout": _number(0.0, 0.95),
     "hops": _hops,
+    "wide": _or_none(check_flag),
+    "pca_start": check_flag,
     "posterior": check_flag,
     "dispersion": _choice(*DISPERSIONS),
     "positional_combine": _choice(*COMBINATIONS),
@@ -242,6 +259,7 @@ _MODEL: dict[str, Callable[[str, Any], Any]] = {
     "n_eigenvectors": _whole(),
     "n_frequencies": _whole(),
     "n_networks": _whole(),
+    "mixing": check_flag,
     "model_sum": _or_none(_number(1e-6)),
 }
 _TRAINING: dict[str, Callable[[str, Any], Any]] = {
@@ -349,9 +367,9 @@ def resolve(
     check_choice("quality", quality, QUALITIES)
     chosen = PAPER if preset == "paper" else Settings()
     if quality == "fast":
-        chosen = replace(chosen, training=replace(chosen.training, n_steps=chosen.training.n_steps // 3))
+        chosen = replace(chosen, n_networks=1)
     elif quality == "best":
-        chosen = replace(chosen, n_networks=4)
+        chosen = replace(chosen, n_networks=10)
     if positional != "auto":
         chosen = replace(chosen, positional=_names("positional", positional, POSITIONAL))
     if encoder != "auto":
@@ -361,8 +379,8 @@ def resolve(
         check_choice("decoder", decoder, DECODERS)
         chosen = replace(chosen, decoder=decoder)
     if chosen.decoder == "gaussian":
-        # Log-normalised values depend on depth, so their target must not be thinned.
-        chosen = replace(chosen, masking=("bilevel",))
+        # Log-normalised values depend on depth, so their target must not be thinned; and they are no shares to mix.
+        chosen = replace(chosen, masking=("bilevel",), mixing=False)
     if masking != "auto":
         chosen = replace(chosen, masking=_names("masking", masking, MASKINGS) or ("none",))
     if "thinning" not in chosen.masking or chosen.decoder == "gaussian":

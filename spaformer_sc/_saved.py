@@ -12,7 +12,7 @@ from ._files import replacing
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the format."""
 
 _DESCRIPTION, _WEIGHTS = "model.json", "weights.safetensors"
@@ -63,9 +63,12 @@ def read_model(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
         description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
         if not isinstance(description, dict) or description.get("format") != "spaformer_sc":
             raise ValueError("it does not describe a spaformer_sc model")
-        if not isinstance(description.get("schema"), int) or description["schema"] > SCHEMA:
+        schema, version = description.get("schema"), description.get("version")
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise ValueError(f"its format is newer than this version of the package reads ({version} wrote it)")
+        if schema < SCHEMA:
             raise ValueError(
-                f"its format is newer than this version of the package reads ({description.get('version')} wrote it)"
+                f"its format is older than this version of the package reads ({version} wrote it); fit again"
             )
         return description, load_file(folder / _WEIGHTS)
     except (ValueError, RecursionError, SafetensorError) as error:

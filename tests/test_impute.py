@@ -19,7 +19,7 @@ from spaformer_sc._config import DECODERS, ENCODERS, MASKINGS, POSITIONAL
 from spaformer_sc.metrics import gene_pearson
 from tests.conftest import contents, plain, sha256
 
-QUICK = {"library_key": "fov", "max_epochs": 1, "progress": False}
+QUICK = {"library_key": "fov", "quality": "fast", "max_epochs": 1, "progress": False}
 SCORES = ("pearson", "deviance_explained", "gain", "held_out")
 SLOTS = {"layers/spaformer", "obsm/X_spaformer", "uns/spaformer", *(f"var/spaformer_{score}" for score in SCORES)}
 FOREIGN = {  # slot: how to fill it
@@ -113,7 +113,7 @@ def test_the_record_is_made_of_plain_values_and_says_what_was_done(tissue):
         "library_key": "fov",
         "spaformer_sc": sf.__version__,
     }
-    assert params["model"]["decoder"] == "poisson"
+    assert params["model"]["decoder"] == "nb"
     assert params["training"]["max_epochs"] == 1
     assert params["graph_summary"]["n_fovs"] == 3
     assert len({len(values) for values in record["history"].values()}) == 1
@@ -589,7 +589,7 @@ def expected_log1p(distribution, scale):
 @pytest.mark.parametrize("target_sum", [None, 50.0])
 def test_scales(shared_tissue, decoder, target_sum):
     library = np.asarray(shared_tissue.X.sum(axis=1)).ravel()
-    model = sf.SpaFormer(library_key="fov", decoder=decoder, max_epochs=2, progress=False).fit(shared_tissue)
+    model = sf.SpaFormer(**QUICK | {"max_epochs": 2, "decoder": decoder}).fit(shared_tissue)
     rate, counts, lognorm = (
         model.impute(shared_tissue, output=output, target_sum=target_sum).astype(float)
         for output in ("rate", "counts", "lognorm")
@@ -676,7 +676,7 @@ CHOICES = [
     *({"positional": positional} for positional in (*POSITIONAL, None, ["laplacian", "signnet"])),
     {"preset": "paper"},
     {"preset": "paper", "encoder": "exact", "decoder": "nb", "masking": "thinning", "positional": None},
-    {"quality": "fast"},
+    {"quality": "default"},
     {"quality": "best"},
     {"graph": "delaunay"},
     {"graph": "radius", "radius": 15.0},
@@ -699,7 +699,7 @@ def test_every_choice_runs(shared_tissue, choice):
         elif name in ("masking", "positional"):
             empty = ["none"] if name == "masking" else []
             assert model[name] == (empty if value is None else [value] if isinstance(value, str) else value)
-    assert model["n_networks"] == (4 if choice.get("quality") == "best" else 1)
+    assert model["n_networks"] == {"fast": 1, "default": 4, "best": 10}[choice.get("quality", "fast")]
 
 
 def test_choices_matter(shared_tissue):
@@ -708,7 +708,7 @@ def test_choices_matter(shared_tissue):
         {"encoder": "exact"},
         {"encoder": "mlp"},
         {"decoder": "gaussian"},
-        {"decoder": "nb"},
+        {"decoder": "poisson"},
         {"decoder": "zinb"},
         {"variational": True},
         {"masking": "bilevel"},
@@ -723,11 +723,14 @@ def test_choices_matter(shared_tissue):
             assert np.abs(one - other).max() > 1e-4
 
 
-def test_best_averages_networks(tissue):
-    impute(tissue, quality="best", output="rate")
+def test_the_default_averages_networks(tissue):
+    impute(tissue, quality="default", output="rate")
     params, history = tissue.uns["spaformer"]["params"], tissue.uns["spaformer"]["history"]
     assert params["model"]["n_networks"] == 4
     assert set(history["network"]) == {0.0, 1.0, 2.0, 3.0}
+    assert params["networks"]["wide"][:2] == [False, True]
+    assert params["networks"]["wide"][2] == params["networks"]["wide"][3]
+    assert sum(params["networks"]["weight"]) == pytest.approx(1)
     np.testing.assert_allclose(tissue.layers["spaformer"].sum(axis=1), params["target_sum"], rtol=1e-4)
 
 

@@ -24,7 +24,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 def model(**arguments):
     """A model that is fitted in two epochs."""
-    return sf.SpaFormer(**{"library_key": "fov", "max_epochs": 2, "progress": False, **arguments})
+    return sf.SpaFormer(**{"library_key": "fov", "quality": "fast", "max_epochs": 2, "progress": False, **arguments})
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,8 @@ def test_fit_reads_and_never_writes(tissue):
 
 
 def test_the_model_gives_what_impute_writes(tissue):
-    sf.tl.impute(tissue, library_key="fov", max_epochs=2, progress=False, random_state=4, output="counts")
+    arguments = {"library_key": "fov", "quality": "fast", "max_epochs": 2, "progress": False}
+    sf.tl.impute(tissue, **arguments, random_state=4, output="counts")
     new = model(random_state=4).fit(tissue)
     np.testing.assert_allclose(new.impute(tissue, output="counts"), tissue.layers["spaformer"], **CLOSE)
     np.testing.assert_allclose(new.embed(tissue), tissue.obsm["X_spaformer"], **CLOSE)
@@ -115,13 +116,14 @@ def test_depth_matters_to_counts_and_not_to_their_share(fitted, shared_tissue):
 
 
 def test_networks_are_averaged_in_the_scale_asked_for(shared_tissue):
-    best = model(quality="best", max_epochs=1).fit(shared_tissue)
+    best = model(quality="default", max_epochs=1).fit(shared_tissue)
     everything = {output: best.impute(shared_tissue, output=output) for output in ("lognorm", "counts", "rate")}
-    networks, mean = best._networks, dict.fromkeys(everything, 0.0)
-    assert len(networks) == 4
-    for network in networks:
+    networks, weights, mean = best._networks, best._weights, dict.fromkeys(everything, 0.0)
+    assert len(networks) == len(weights) == 4
+    best._weights = np.ones(1)
+    for network, weight in zip(networks, weights):
         best._networks = [network]
-        mean = {output: mean[output] + best.impute(shared_tissue, output=output) / 4 for output in mean}
+        mean = {output: mean[output] + weight * best.impute(shared_tissue, output=output) for output in mean}
     for output, expression in everything.items():
         np.testing.assert_allclose(expression, mean[output], **CLOSE)
 
@@ -356,7 +358,7 @@ numpy.savez(sys.argv[3], expression=model.impute(adata, output="counts"), latent
 
 
 def test_a_saved_model_gives_the_same_in_a_new_process(shared_tissue, tmp_path):
-    trained = model(positional=["laplacian", "signnet"], decoder="nb", quality="best").fit(shared_tissue[:120])
+    trained = model(positional=["laplacian", "signnet"], decoder="nb", quality="default").fit(shared_tissue[:120])
     others = shared_tissue[120:]
     trained.save(tmp_path / "model")
     others.copy().write_h5ad(tmp_path / "others.h5ad")
@@ -531,11 +533,12 @@ def test_what_is_no_model_is_refused(fitted, tmp_path, damage):
     assert str(path) in str(caught.value)
 
 
-def test_a_newer_format_is_told_from_damage(fitted, tmp_path):
+def test_another_format_is_told_from_damage(fitted, tmp_path):
     fitted.save(tmp_path / "model")
-    _edited(tmp_path / "model", schema=2, version="9.9.9")
-    with pytest.raises(ValueError, match=r"newer .*9\.9\.9"):
-        sf.SpaFormer.load(tmp_path / "model")
+    for schema, word in ((3, "newer"), (1, "older")):
+        _edited(tmp_path / "model", schema=schema, version="9.9.9")
+        with pytest.raises(ValueError, match=rf"{word} .*9\.9\.9"):
+            sf.SpaFormer.load(tmp_path / "model")
 
 
 def test_a_bad_argument_of_load_is_not_taken_for_damage(fitted, tmp_path):

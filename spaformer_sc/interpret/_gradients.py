@@ -99,6 +99,7 @@ def is_logarithm(networks: Sequence[Network]) -> bool:
 
 def integrated_gradients(
     networks: Sequence[Network],
+    network_weights: Sequence[float],
     sampler: Sampler,
     sequences: Sequence[FieldCounts],
     targets: Sequence[Target],
@@ -120,8 +121,8 @@ def integrated_gradients(
 
     Parameters
     ----------
-    networks
-        Networks that are averaged.
+    networks, network_weights
+        Networks that are averaged, and their weights in the prediction.
     sampler
         Sampler of the model.
     sequences
@@ -160,7 +161,7 @@ def integrated_gradients(
             by_cell[t][number] = np.zeros((len(path), sequence.fov.n_cells))
         for p, where in enumerate(path):
             slope = bool(step[p] > 0)
-            for network in networks:
+            for network, network_weight in zip(networks, network_weights, strict=True):
                 with torch.set_grad_enabled(slope):
                     counts = (start + where * change).requires_grad_(slope)
                     tokens = tokens_of(counts, template, rings, gene_share, sampler.target_sum)
@@ -168,7 +169,7 @@ def integrated_gradients(
                     answer = network.decoder.share(decoded) if logarithm else decoded.expression
                 for i, (t, row) in enumerate(inside):
                     asked = answer[row, targets[t].column]
-                    weight = float(sequence.fov.weight[row]) / len(networks)
+                    weight = float(sequence.fov.weight[row]) * network_weight
                     value[t, p] += weight * asked.item()
                     if not slope:
                         continue

@@ -67,7 +67,18 @@ class CountDecoder(nn.Module):
         Not used by count decoders; part of the common signature.
     dispersion, n_fovs
         Used by decoders with a dispersion; see :class:`NegativeBinomialDecoder`.
+
+    Attributes
+    ----------
+    gene_share
+        As given.
+    mixture
+        Weights (3,) of the network's share, of the cell's own counts and of the gene means in what is predicted:
+        (1, 0, 0) until they are fitted to held-out counts, and never read in training.
     """
+
+    gene_share: Tensor
+    mixture: Tensor
 
     def __init__(
         self,
@@ -82,6 +93,8 @@ class CountDecoder(nn.Module):
         n_fovs: int = 0,
     ) -> None:
         super().__init__()
+        self.register_buffer("gene_share", gene_share.clone())
+        self.register_buffer("mixture", torch.tensor([1.0, 0.0, 0.0]))
         self.hidden = nn.Sequential(nn.Linear(n_latent, dim), nn.GELU())
         self.logits = nn.Linear(dim, n_genes)
         with torch.no_grad():
@@ -95,7 +108,13 @@ class CountDecoder(nn.Module):
             nn.init.zeros_(self.concentration.bias)
 
     def forward(
-        self, latent: Tensor, counts: Tensor, depth: Tensor, visible: Tensor | None, fov: Tensor | None = None
+        self,
+        latent: Tensor,
+        counts: Tensor,
+        depth: Tensor,
+        visible: Tensor | None,
+        fov: Tensor | None = None,
+        offset: Tensor | None = None,
     ) -> Decoded:
         """Decode, and update with the cell's own counts.
 
@@ -117,19 +136,38 @@ class CountDecoder(nn.Module):
         fov
             Number of the FOV of each cell (cells,) int64, -1 for one that the fit did not know; needed by a dispersion
             per gene and FOV.
+        offset
+            Added to the logarithm of the shares (cells, genes), or None.
         """
         hidden = self.hidden(latent)
-        share = torch.softmax(self.logits(hidden), dim=-1)
+        logits = self.logits(hidden)
+        share = torch.softmax(logits if offset is None else logits + offset, dim=-1)
         if self.log_concentration is not None and self.concentration is not None:
             concentration = (self.log_concentration + self.concentration(hidden)).clamp(-_LOG_LIMIT, _LOG_LIMIT).exp()
             updated = (concentration + counts) / (concentration / share.clamp(min=_TINY) + depth[:, None])
             share = updated if visible is None else torch.where(visible, updated, share)
             share = share / share.sum(-1, keepdim=True)
+        if not self.training and self.mixture[0] < 1:
+            share = self._mixed(share, counts, depth, visible)
         zero_logits = self._zero_logits(hidden)
         if zero_logits is not None:
             # Extra zeros take transcripts away; the others make up for them, so that the cell keeps its depth.
             share = share / (share * torch.sigmoid(-zero_logits)).sum(-1, keepdim=True).clamp(min=_TINY)
         return Decoded(share, zero_logits, self._log_dispersion(hidden, fov))
+
+    @staticmethod
+    def own_share(counts: Tensor, depth: Tensor, otherwise: Tensor) -> Tensor:
+        """Share of each gene in the cell's visible counts (cells, genes); ``otherwise`` in cells without counts."""
+        return torch.where((depth > 0)[:, None], counts / depth.clamp(min=_TINY)[:, None], otherwise)
+
+    def _mixed(self, share: Tensor, counts: Tensor, depth: Tensor, visible: Tensor | None) -> Tensor:
+        """Mix shares with the cell's own counts, where they are visible, and with the gene means."""
+        network, own, mean = self.mixture.unbind()
+        counted = self.own_share(counts, depth, share)
+        if visible is not None:
+            counted = torch.where(visible, counted, share)
+        mixed: Tensor = network * share + own * counted + mean * self.gene_share
+        return mixed / mixed.sum(-1, keepdim=True)
 
     def _zero_logits(self, hidden: Tensor) -> Tensor | None:
         return None
@@ -296,10 +334,17 @@ class GaussianDecoder(nn.Module):
         self.target_sum = target_sum
 
     def forward(
-        self, latent: Tensor, counts: Tensor, depth: Tensor, visible: Tensor | None, fov: Tensor | None = None
+        self,
+        latent: Tensor,
+        counts: Tensor,
+        depth: Tensor,
+        visible: Tensor | None,
+        fov: Tensor | None = None,
+        offset: Tensor | None = None,
     ) -> Decoded:
-        """Decode log-normalised values (cells, genes); the cell's counts are not used again."""
-        return Decoded(self.output(self.hidden(latent)))
+        """Decode log-normalised values (cells, genes), plus ``offset``; the cell's counts are not used again."""
+        output = self.output(self.hidden(latent))
+        return Decoded(output if offset is None else output + offset)
 
     def log_likelihood(
         self, decoded: Decoded, target: Tensor, target_depth: Tensor, measured: Tensor | None = None

@@ -41,6 +41,8 @@ class NetworkConfig:
         What the dispersion of ``nb`` and ``zinb`` depends on: ``"gene"``, ``"gene_fov"`` or ``"entry"``.
     fovs
         Names of the FOVs of the fit, for ``dispersion="gene_fov"``.
+    wide
+        A linear path from the token to the decoder's output, beside encoder and latent.
     """
 
     n_genes: int
@@ -58,6 +60,7 @@ class NetworkConfig:
     target_sum: float
     dispersion: str = "gene"
     fovs: tuple[str, ...] = ()
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,9 @@ class Network(nn.Module):
 
     A token is a linear embedding of the cell's expression (a sum of gene embeddings weighted by expression), plus
     embeddings of its neighbours' mean expression and of its depth, plus a positional encoding. The encoder lets tokens
-    exchange information; a linear map gives the latent; the decoder gives the distribution of expression.
+    exchange information; a linear map gives the latent; the decoder gives the distribution of expression. A wide path
+    leads from the token to the decoder's output directly (Cheng et al. 2016, "Wide & Deep Learning", DLRS): what is
+    linear need not pass through the latent.
 
     Parameters
     ----------
@@ -185,6 +190,10 @@ class Network(nn.Module):
             )
         with seeded(seeds["variational"]):
             self.latent_log_variance = nn.Linear(config.dim, config.n_latent) if config.variational else None
+        with seeded(seeds["decoder"]):
+            self.wide = nn.Linear(config.dim, config.n_genes, bias=False) if config.wide else None
+        if self.wide is not None:
+            nn.init.zeros_(self.wide.weight)
         self.positional = positional
         self._fov_numbers = {name: number for number, name in enumerate(config.fovs)}
 
@@ -209,6 +218,7 @@ class Network(nn.Module):
             if tokens.positions is None:
                 raise ValueError("this network has a positional encoding; `tokens.positions` is needed")
             x = self.positional(x, tokens.positions, tokens.edge_index, generator)
+        offset = None if self.wide is None else self.wide(x)
         x = self.encoder(x, tokens.lengths, tokens.edge_index)
         latent, divergence = self.latent(x), None
         decode_from = latent
@@ -218,5 +228,5 @@ class Network(nn.Module):
             if self.training:
                 noise = torch.randn(latent.shape, generator=generator, dtype=latent.dtype).to(latent.device)
                 decode_from = latent + noise * (0.5 * log_variance).exp()
-        decoded = self.decoder(decode_from, tokens.counts, tokens.depth, tokens.visible, self._fovs(tokens))
+        decoded = self.decoder(decode_from, tokens.counts, tokens.depth, tokens.visible, self._fovs(tokens), offset)
         return Output(decoded, latent, divergence)

@@ -80,7 +80,8 @@ def impute(
     preset
         ``"default"``, or ``"paper"`` for the configuration of the paper.
     quality
-        ``"fast"`` trains a third as long (unless ``max_epochs`` is given); ``"best"`` averages four networks.
+        How many networks are trained and averaged: ``"fast"`` one, ``"default"`` four, ``"best"`` ten. Time grows with
+        them.
     positional
         How a cell's place is told to the network, beside its neighbours' expression: ``"laplacian"``, ``"signnet"``,
         ``"random_walk"``, ``"linear"``, ``"mlp"``, ``"sinusoidal"``, ``"fourier"``, ``"patch"``; ``"conditional"`` and
@@ -94,7 +95,7 @@ def impute(
         Likelihood: ``"poisson"``, ``"nb"``, ``"zinb"`` (counts) or ``"gaussian"`` (log-normalised values; scales other
         than ``"lognorm"`` are then derived from these and are not expectations). The dispersion of ``"nb"`` and
         ``"zinb"`` is per gene; ``settings={"dispersion": "gene_fov"}`` makes it per gene and FOV, ``"entry"`` per
-        entry. ``"auto"`` is ``"poisson"``, and ``"gaussian"`` in the paper's preset.
+        entry. ``"auto"`` is ``"nb"``, and ``"gaussian"`` in the paper's preset.
     variational
         Train with a variational latent. Its divergence has a weight of 0.01: the latent is made from what is visible
         and judged by what is hidden, so that this is an information bottleneck and not an evidence lower bound.
@@ -106,7 +107,7 @@ def impute(
     n_latent
         Dimensions of the latent space; 64, or 20 in the paper's preset, by default.
     max_epochs
-        Passes over all cells; by default as many as the number of training steps of ``quality`` takes. Training stops
+        Passes over all cells; by default as many as 2000 training steps take. Training stops
         earlier when the score on held-out counts no longer improves.
     settings
         Every other choice by name, for method work: a dictionary with entries such as ``{"hops": 0, "dropout": 0.1,
@@ -148,8 +149,7 @@ def impute(
     ``adata.layers[key_added]`` : float32 (cells × genes)
         Imputed expression in the scale of ``output``. Cells without counts are 0 (``"rate"`` excepted).
     ``adata.obsm["X_" + key_added]`` : float32 (cells × n_latent)
-        Latent space, for ``sc.pp.neighbors(adata, use_rep="X_spaformer")``; with ``quality="best"`` that of the first
-        network.
+        Latent space, for ``sc.pp.neighbors(adata, use_rep="X_spaformer")``; that of the first network.
     ``adata.var[key_added + "_pearson"]`` : float64 (genes)
         Pearson correlation over cells of held-out counts with their prediction, both log-normalised, so that depth
         plays no part; the gene mean scores 0. NaN where nothing was held out.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +48,16 @@ class History:
     epoch: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
+
+    @property
+    def best_step(self) -> int:
+        """Step of the best score."""
+        return self.step[int(np.argmax(self.validation))]
+
+    @property
+    def best_score(self) -> float:
+        """The best score; NaN when nothing was held out."""
+        return max(self.validation)
 
 
 def batch_loss(network: Network, batch: Batch, kl_weight: float, generator: torch.Generator) -> Tensor:
@@ -115,6 +126,17 @@ def learning_rate_factor(step: int, n_steps: int, config: Training) -> float:
     if config.schedule == "cosine":
         factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / n_steps)))
     return factor
+
+
+def shortened(config: Training, history: History) -> Training:
+    """Return how to train further networks, given how the first one went.
+
+    Where the first stopped early, its learning rate was still high at its best step; one and a half times as many steps
+    let that of the others come down.
+    """
+    if config.max_epochs is not None or math.isnan(history.best_score):
+        return config
+    return replace(config, n_steps=min(config.n_steps, round(1.5 * history.best_step)))
 
 
 class _Watch:

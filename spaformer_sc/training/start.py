@@ -1,0 +1,73 @@
+"""Where training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spaformer_sc.nn.network import Network, Tokens
+
+RING_SHARES = (5 / 16, 3 / 16)
+"""Share of a token's dimensions that starts with each ring of neighbours."""
+
+
+@torch.no_grad()
+def start_from_components(network: Network, tokens: Sequence[Tokens]) -> None:
+    """Set the embeddings of expression to principal components of the data.
+
+    One part of the token's dimensions takes the leading components of the cells' own log-normalised expression, the
+    others those of the mean expression of each ring of neighbours; the first component of each has unit variance. From
+    there on they are trained like all weights. From a random start, a network of few cells overfits before it has found
+    these directions.
+
+    Parameters
+    ----------
+    network
+        The network; its embeddings are changed.
+    tokens
+        Cells to compute the components from.
+    """
+    dim, n_genes = network.config.dim, network.config.n_genes
+    sizes = [int(share * dim) for share in RING_SHARES[: network.config.hops]]
+    layers = [network.embedding, *network.neighbours]
+    network.embedding.bias.zero_()
+    first = 0
+    for ring, (layer, size) in enumerate(zip(layers, [dim - sum(sizes), *sizes], strict=True)):
+        n = min(size, n_genes)
+        rows = slice(first, first + n)
+        components, mean = principal_components([(t.values[ring], t.visible) for t in tokens], n)
+        layer.weight.zero_()
+        layer.weight[rows] = components.to(layer.weight)
+        network.embedding.bias[rows] = -(components @ mean).to(layer.weight)
+        first += size
+
+
+def principal_components(values: Sequence[tuple[Tensor, Tensor | None]], n: int) -> tuple[Tensor, Tensor]:
+    """Leading principal components of the rows of several matrices, scaled so that the first has unit variance.
+
+    Parameters
+    ----------
+    values
+        Pairs of values (cells, genes) and which of them are visible, None for all. Others count as the mean.
+    n
+        Number of components.
+
+    Returns
+    -------
+    Components (n, genes), float64, and the mean of the visible values (genes,).
+    """
+    total, count = (torch.zeros(values[0][0].shape[1], dtype=torch.float64) for _ in range(2))
+    for block, visible in values:
+        total += (block if visible is None else block * visible).sum(0, dtype=torch.float64).cpu()
+        count += len(block) if visible is None else visible.sum(0).cpu()
+    mean = total / count.clamp(min=1)
+    gram = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for block, visible in values:
+        centred = block - mean.to(block)
+        centred = centred if visible is None else centred * visible
+        gram += (centred.T @ centred).double().cpu()
+    eigenvalues, vectors = torch.linalg.eigh(gram / max(1, sum(len(block) for block, _ in values)))
+    scale = eigenvalues[-1].clamp(min=1e-12).sqrt()
+    return vectors[:, -n:].flip(1).T / scale, mean
