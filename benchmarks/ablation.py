@@ -47,6 +47,9 @@ class Size:
     settings: dict[str, Any]
 
 
+ONE_NETWORK = {"n_networks": 1}
+"""What all variants share: the first of the networks that the default averages."""
+
 SIZES = {
     "small": Size(
         1000, 150, {"n_steps": 150, "tokens_per_step": 128, "n_validations": 6, "patience": 3, "warmup_steps": 15}
@@ -106,15 +109,17 @@ VARIANTS: dict[str, Variant] = {
     "features": Variant("features (genes)", {"masking": "features"}),
     "nothing_hidden": Variant("nothing hidden", {"masking": None}),
     # The autoencoder.
-    "nb": Variant("negative binomial", {"decoder": "nb"}),
+    "poisson": Variant("Poisson", {"decoder": "poisson"}),
     "nb_gene_fov": Variant("negative binomial, per gene and FOV", {"decoder": "nb"}, {"dispersion": "gene_fov"}),
     "nb_entry": Variant("negative binomial, per entry", {"decoder": "nb"}, {"dispersion": "entry"}),
     "zinb": Variant("zero-inflated NB", {"decoder": "zinb"}),
     "gaussian": Variant("Gaussian", {"decoder": "gaussian"}),
-    "vae": Variant("Poisson, variational", {"variational": True}),
-    "vae_nb": Variant("negative binomial, variational", {"decoder": "nb", "variational": True}),
+    "vae": Variant("variational", {"variational": True}),
     "no_posterior": Variant("thinning, no posterior", {}, {"posterior": False}),
+    "no_mixing": Variant("nothing mixed in", {}, {"mixing": False}),
     # Size and training.
+    "wide": Variant("wide path", {}, {"wide": True}),
+    "random_start": Variant("random start", {}, {"pca_start": False}),
     "one_layer": Variant("one layer", {}, {"n_layers": 1}),
     "latent_20": Variant("20 latent dimensions", {"n_latent": 20}),
     "dropout": Variant("dropout 0.2", {}, {"dropout": 0.2}),
@@ -163,9 +168,12 @@ QUESTIONS: dict[str, Question] = {
     ),
     "autoencoder": Question(
         "Which autoencoder (RQ4)?",
-        ("nb", "nb_gene_fov", "nb_entry", "zinb", "gaussian", "vae", "vae_nb"),
+        ("poisson", "nb_gene_fov", "nb_entry", "zinb", "gaussian", "vae", "no_mixing"),
     ),
-    "training": Question("Size and training", ("one_layer", "latent_20", "dropout", "no_averaging", "paper")),
+    "training": Question(
+        "Size and training",
+        ("wide", "random_start", "one_layer", "latent_20", "dropout", "no_averaging", "paper"),
+    ),
     "paper": Question(
         "What are the parts worth in the paper's configuration? Changes in the unit of the score.",
         ("paper_no_position", "paper_no_attention", DEFAULT),
@@ -204,14 +212,6 @@ def load(data: str, library_key: str, size: Size) -> Any:
     return adata
 
 
-def quarters(coordinates: Any) -> Any:
-    """Label cells by the quarter of the image that they lie in, for data without fields of view."""
-    import numpy as np
-
-    middle = np.median(coordinates[:, :2], axis=0)
-    return (coordinates[:, :2] > middle) @ np.array([1, 2])
-
-
 def split_of(adata: Any, protocol: str, seed: int) -> tuple[Any, Any]:
     """Return the split, and the layer (cells × genes) of entries that are hidden, None under thinning."""
     from spaformer_sc import metrics
@@ -223,7 +223,7 @@ def split_of(adata: Any, protocol: str, seed: int) -> tuple[Any, Any]:
         return split, split.hidden
     labels = adata.obs["fov"].to_numpy()
     if len(set(labels)) < 2:
-        labels = quarters(adata.obsm["spatial"])
+        labels = metrics.quarters(adata.obsm["spatial"])
     blocks = metrics.hide_blocks(adata.X, labels, 0.3, random_state=seed)
     return blocks, blocks.layer()
 
@@ -256,7 +256,7 @@ def build(name: str, size: str, **arguments: Any) -> Any:
     import spaformer_sc as sf
 
     variant = VARIANTS[name]
-    settings = {**SIZES[size].settings, **variant.settings}
+    settings = {**ONE_NETWORK, **SIZES[size].settings, **variant.settings}
     return sf.SpaFormer(progress=False, settings=settings, **variant.choices, **arguments)
 
 
@@ -287,7 +287,9 @@ def run_group(
     parts = checksum(array.tobytes() for array in (split.train.indptr, split.train.indices, split.train.data))
     key = "fov" if adata.obs["fov"].nunique() > 1 else None
     # What is loaded and set up once in a process shall not count as the cost of the first variant.
-    sf.SpaFormer(library_key=key, progress=False, settings={**SIZES[size].settings, "n_steps": 2}).fit(observed)
+    sf.SpaFormer(library_key=key, progress=False, settings={**ONE_NETWORK, **SIZES[size].settings, "n_steps": 2}).fit(
+        observed
+    )
     known: dict[Any, dict[str, Any]] = {}
     for name in variants:
         try:
