@@ -409,6 +409,8 @@ def _check_together(chosen: Settings, given: Mapping[str, Any]) -> None:
         raise ValueError(
             "`settings['posterior']=True` needs a decoder of counts, not decoder='gaussian'; leave it out."
         )
+    if chosen.decoder == "gaussian" and chosen.mixing:
+        raise ValueError("`settings['mixing']=True` needs a decoder of counts, not decoder='gaussian'; leave it out.")
     if chosen.training.max_epochs is not None and "n_steps" in given:
         raise ValueError("`max_epochs` and `settings['n_steps']` both say how long to train; give one of them.")
     if chosen.graph_readers and given.get("windows") is False:

@@ -51,7 +51,7 @@ def read_model(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
     FileNotFoundError
         If there is no saved model at ``path``.
     ValueError
-        If it is not a saved model, is damaged, or was written in a newer format.
+        If it is not a saved model, is damaged, or was written in another format.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -806,7 +806,7 @@ class SpaFormer:
         FileNotFoundError
             If there is no saved model at ``path``.
         ValueError
-            If it is not a saved model, is damaged, or was written by a newer version.
+            If it is not a saved model, is damaged, or was written in another format.
         """
         target = resolve_device(device)
         progress = _checks.check_flag("progress", progress)
@@ -830,8 +830,10 @@ class SpaFormer:
             model._fovs = tuple(str(name) for name in description.get("fovs", []))
             model._wide = [bool(wide) for wide in description["networks"]["wide"]]
             model._weights = np.array(description["networks"]["weight"], dtype=np.float64)
-            if not len(model._weights) == len(model._wide) == model.settings.n_networks:
+            if not model._weights.shape == (len(model._wide),) == (model.settings.n_networks,):
                 raise ValueError("its networks and what it says of them differ in number")
+            if not (model._weights >= 0).all() or abs(model._weights.sum() - 1) > 1e-6:
+                raise ValueError("the weights of its networks are no shares")
             model.scores, model.history = description["scores"], description["history"]
             model.graph_summary = description["graph_summary"]
             model._gene_share = weights.pop("gene_share").numpy()

@@ -75,7 +75,8 @@ def test_mixed_shares_sum_to_one_and_leave_hidden_entries_to_the_network(fitted)
     visible[2, 10:] = False
     before = decoder.mixture.clone()
     decoder.mixture.copy_(torch.tensor([0.7, 0.2, 0.1]))
-    mixed = decoder._mixed(share, counts, counts.sum(1), visible)
+    mixed = decoder._mixed(share, counts, visible)
+    everything = decoder._mixed(share[:2], counts[:2], None)
     decoder.mixture.copy_(before)
     mean = decoder.gene_share
     torch.testing.assert_close(mixed.sum(1), torch.ones(4))
@@ -83,8 +84,33 @@ def test_mixed_shares_sum_to_one_and_leave_hidden_entries_to_the_network(fitted)
     own = torch.zeros(30)
     own[3] = 1.0
     torch.testing.assert_close(mixed[1], 0.7 * share[1] + 0.2 * own + 0.1 * mean)
-    hidden = 0.9 * share[2, 10:] + 0.1 * mean[10:]
-    torch.testing.assert_close(mixed[2, 10:] / mixed[2, 10], hidden / hidden[0])
+    torch.testing.assert_close(mixed[:2], everything)
+    torch.testing.assert_close(mixed[2, 10:], share[2, 10:])
+    own = torch.full((10,), 0.0)
+    own[:5] = 0.2
+    mass = share[2, :10].sum()
+    torch.testing.assert_close(
+        mixed[2, :10], 0.7 * share[2, :10] + mass * (0.2 * own + 0.1 * mean[:10] / mean[:10].sum())
+    )
+
+
+@pytest.mark.parametrize("decoder", ["poisson", "nb", "zinb"])
+@pytest.mark.parametrize("hidden", [0.0, 0.3])
+def test_what_is_fitted_is_what_is_predicted(decoder, hidden):
+    tissue = sf.datasets.simulated_tissue(n_fovs=2, n_cells=200, n_genes=60)
+    tissue.layers["missing"] = np.random.default_rng(0).random(tissue.shape) < hidden
+    arguments = {"quality": "fast", "missing": "missing", "settings": {"posterior": False, "mixing": False}}
+    model = sf.SpaFormer(library_key="fov", decoder=decoder, max_epochs=4, progress=False, **arguments).fit(tissue)
+    loaded, _ = model._read(tissue, model.keys)
+    sampler = model._sampler(torch.device("cpu"))
+    fields = [(s, sampler.whole(s)) for s in sequences(loaded.fields, loaded.counts, loaded.missing)]
+    rate = tissue.layers["true_rate"] * ~tissue.layers["missing"]
+    drawn = np.random.default_rng(1).poisson(rate / rate.sum(1, keepdims=True) * 20)
+    counts = sp.csr_matrix(drawn.astype(np.float32))
+    held, network = HeldCounts(fields, counts, model._shares), model._networks[0]
+    claimed = mix_in_own_counts(network, held)
+    assert 0 < network.decoder.mixture[1] < 1
+    np.testing.assert_allclose(held.parts(network)[0], claimed, rtol=1e-4)
 
 
 def test_nothing_is_fitted_to_few_counts():
@@ -162,6 +188,15 @@ def test_components_leave_hidden_values_out():
     for one, two in zip(found, other, strict=True):
         torch.testing.assert_close(one, two)
     torch.testing.assert_close(found[1], (values * visible).sum(0) / visible.sum(0))
+
+
+def test_components_that_do_not_vary_are_zero():
+    values = torch.ones(10, 4)
+    values[:, 0] = torch.arange(10.0)
+    components, mean = principal_components([(values, None)], 3)
+    assert components[0].abs().argmax() == 0
+    assert components[1:].abs().max() == 0
+    assert mean.tolist() == [4.5, 1, 1, 1]
 
 
 def test_tokens_start_at_components(fitted, shared_tissue):

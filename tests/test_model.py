@@ -512,6 +512,8 @@ DAMAGE = {
     "another width": _settings(dim=64),
     "unknown setting": _settings(colour="red"),
     "more networks": _settings(n_networks=2),
+    "weights of networks that are no shares": lambda path: _edited(path, networks={"wide": [False], "weight": [-3.0]}),
+    "no weights of networks": lambda path: _edited(path, networks={"wide": [False], "weight": [None]}),
     "no weights": _truncated("weights.safetensors", 0),
     "half the weights": _truncated("weights.safetensors", 0.5),
     "nearly all weights": _truncated("weights.safetensors", 0.999),

@@ -51,6 +51,10 @@ def full_depth(share: Tensor, counts: Tensor, measured: Tensor) -> Tensor:
     return (counts * measured).sum(-1) / (share * measured).sum(-1).clamp(min=_TINY)
 
 
+def _shares_of(values: Tensor) -> Tensor:
+    return values / values.sum(-1, keepdim=True).clamp(min=_TINY)
+
+
 class CountDecoder(nn.Module):
     """Latent to gene shares: a two-layer network, a softmax over genes, and the library size as offset.
 
@@ -147,27 +151,34 @@ class CountDecoder(nn.Module):
             updated = (concentration + counts) / (concentration / share.clamp(min=_TINY) + depth[:, None])
             share = updated if visible is None else torch.where(visible, updated, share)
             share = share / share.sum(-1, keepdim=True)
-        if not self.training and self.mixture[0] < 1:
-            share = self._mixed(share, counts, depth, visible)
         zero_logits = self._zero_logits(hidden)
-        if zero_logits is not None:
+        keep = None if zero_logits is None else torch.sigmoid(-zero_logits)
+        if keep is not None:
             # Extra zeros take transcripts away; the others make up for them, so that the cell keeps its depth.
-            share = share / (share * torch.sigmoid(-zero_logits)).sum(-1, keepdim=True).clamp(min=_TINY)
+            share = share / (share * keep).sum(-1, keepdim=True).clamp(min=_TINY)
+        if not self.training and self.mixture[0] < 1:
+            mixed = self._mixed(share if keep is None else share * keep, counts, visible)
+            share = mixed if keep is None else mixed / keep.clamp(min=_TINY)
         return Decoded(share, zero_logits, self._log_dispersion(hidden, fov))
 
-    @staticmethod
-    def own_share(counts: Tensor, depth: Tensor, otherwise: Tensor) -> Tensor:
-        """Share of each gene in the cell's visible counts (cells, genes); ``otherwise`` in cells without counts."""
-        return torch.where((depth > 0)[:, None], counts / depth.clamp(min=_TINY)[:, None], otherwise)
+    def mixture_parts(self, share: Tensor, counts: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What is mixed (cells, genes each): the network's shares, the cell's own counts, and the gene means.
 
-    def _mixed(self, share: Tensor, counts: Tensor, depth: Tensor, visible: Tensor | None) -> Tensor:
-        """Mix shares with the cell's own counts, where they are visible, and with the gene means."""
-        network, own, mean = self.mixture.unbind()
-        counted = self.own_share(counts, depth, share)
+        All three are shares within the visible genes of the cell, 0 elsewhere; in a cell without counts the network's
+        shares stand for these.
+        """
+        mean = self.gene_share.expand_as(share)
         if visible is not None:
-            counted = torch.where(visible, counted, share)
-        mixed: Tensor = network * share + own * counted + mean * self.gene_share
-        return mixed / mixed.sum(-1, keepdim=True)
+            share, mean = _shares_of(share * visible), _shares_of(mean * visible)
+        total = counts.sum(-1, keepdim=True)
+        return share, torch.where(total > 0, counts / total.clamp(min=_TINY), share), mean
+
+    def _mixed(self, share: Tensor, counts: Tensor, visible: Tensor | None) -> Tensor:
+        """Mix shares (cells, genes) with the cell's own counts and the gene means; hidden entries stay as they are."""
+        mixed = sum(weight * part for weight, part in zip(self.mixture, self.mixture_parts(share, counts, visible)))
+        if visible is None:
+            return _shares_of(mixed)
+        return torch.where(visible, mixed * (share * visible).sum(-1, keepdim=True), share)
 
     def _zero_logits(self, hidden: Tensor) -> Tensor | None:
         return None

@@ -80,8 +80,8 @@ def impute(
     preset
         ``"default"``, or ``"paper"`` for the configuration of the paper.
     quality
-        How many networks are trained and averaged: ``"fast"`` one, ``"default"`` four, ``"best"`` ten. Time grows with
-        them.
+        How many networks are trained and averaged: ``"fast"`` one, ``"default"`` four (one with the paper's
+        preset), ``"best"`` ten. Time grows with them.
     positional
         How a cell's place is told to the network, beside its neighbours' expression: ``"laplacian"``, ``"signnet"``,
         ``"random_walk"``, ``"linear"``, ``"mlp"``, ``"sinusoidal"``, ``"fourier"``, ``"patch"``; ``"conditional"`` and
@@ -107,8 +107,8 @@ def impute(
     n_latent
         Dimensions of the latent space; 64, or 20 in the paper's preset, by default.
     max_epochs
-        Passes over all cells; by default as many as 2000 training steps take. Training stops
-        earlier when the score on held-out counts no longer improves.
+        Passes over all cells; by default as many as 2000 training steps take, or fewer for networks after the second.
+        Training stops earlier when the score on held-out counts no longer improves.
     settings
         Every other choice by name, for method work: a dictionary with entries such as ``{"hops": 0, "dropout": 0.1,
         "windows": True}``; ``docs/settings.md`` lists them.

@@ -65,14 +65,16 @@ class HeldCounts:
 
     @torch.inference_mode()
     def parts(self, network: Network) -> NDArray[np.float64]:
-        """Shares of the held-out entries (3, entries) in the network, the cell's own counts, and the gene mean."""
+        """Shares of the held-out entries (3, entries) in the network, the cell's own counts, and the gene mean.
+
+        Within the measured genes of the cell, since held-out counts tell of nothing else.
+        """
         decoder = _count_decoder(network)
         found = []
         for (_, tokens), (rows, cols) in zip(self.fields, self._entries, strict=True):
             share = decoder.share(network(tokens).decoded)
-            own = decoder.own_share(tokens.counts, tokens.depth, share)
-            mean = decoder.gene_share.expand_as(share)
-            found.append(torch.stack([part[rows, cols] for part in (share, own, mean)]).double().cpu().numpy())
+            parts = decoder.mixture_parts(share, tokens.counts, tokens.visible)
+            found.append(torch.stack([part[rows, cols] for part in parts]).double().cpu().numpy())
         return np.concatenate(found, axis=1)
 
 

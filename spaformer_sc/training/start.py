@@ -13,6 +13,10 @@ RING_SHARES = (5 / 16, 3 / 16)
 """Share of a token's dimensions that starts with each ring of neighbours."""
 
 
+LEAST_VARIANCE = 1e-8
+"""Variance below which a component is noise of rounding."""
+
+
 @torch.no_grad()
 def start_from_components(network: Network, tokens: Sequence[Tokens]) -> None:
     """Set the embeddings of expression to principal components of the data.
@@ -56,7 +60,7 @@ def principal_components(values: Sequence[tuple[Tensor, Tensor | None]], n: int)
 
     Returns
     -------
-    Components (n, genes), float64, and the mean of the visible values (genes,).
+    Components (n, genes), float64, 0 beyond those that vary, and the mean of the visible values (genes,).
     """
     total, count = (torch.zeros(values[0][0].shape[1], dtype=torch.float64) for _ in range(2))
     for block, visible in values:
@@ -69,5 +73,6 @@ def principal_components(values: Sequence[tuple[Tensor, Tensor | None]], n: int)
         centred = centred if visible is None else centred * visible
         gram += (centred.T @ centred).double().cpu()
     eigenvalues, vectors = torch.linalg.eigh(gram / max(1, sum(len(block) for block, _ in values)))
-    scale = eigenvalues[-1].clamp(min=1e-12).sqrt()
-    return vectors[:, -n:].flip(1).T / scale, mean
+    varies = (eigenvalues > LEAST_VARIANCE)[-n:].flip(0)
+    scale = eigenvalues[-1].clamp(min=LEAST_VARIANCE).sqrt()
+    return vectors[:, -n:].flip(1).T * varies[:, None] / scale, mean

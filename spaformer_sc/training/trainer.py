@@ -51,8 +51,8 @@ class History:
 
     @property
     def best_step(self) -> int:
-        """Step of the best score."""
-        return self.step[int(np.argmax(self.validation))]
+        """Step of the weights that are kept: that of the best score, or the last when nothing was held out."""
+        return self.step[-1 if math.isnan(self.best_score) else int(np.argmax(self.validation))]
 
     @property
     def best_score(self) -> float:
@@ -129,9 +129,9 @@ def learning_rate_factor(step: int, n_steps: int, config: Training) -> float:
 
 
 def shortened(config: Training, history: History) -> Training:
-    """Return how to train further networks, given how the first one went.
+    """Return how to train a network like one that has been trained.
 
-    Where the first stopped early, its learning rate was still high at its best step; one and a half times as many steps
+    Where that one stopped early, its learning rate was still high at its best step; one and a half times as many steps
     let that of the others come down.
     """
     if config.max_epochs is not None or math.isnan(history.best_score):
