@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -326,13 +326,15 @@ class SpaFormer:
         from .metrics import mixture_weights
         from .training.mixing import mix_in_own_counts
         from .training.progress import ProgressBar
-        from .training.start import start_from_components
+        from .training.start import start_from_components, token_components
         from .training.trainer import shortened, train
 
         s = self.settings
         n_networks = s.n_networks
         candidates = CANDIDATES[:n_networks] if s.wide is None else (s.wide,)
         mixing = s.mixing and held.enough
+        whole = [tokens for _, tokens in held.fields]
+        components = token_components(whole, s.dim, s.hops) if s.pca_start else None
         histories: list[History] = []
         parts: list[NDArray[np.float64]] = []
         self._networks, self._wide = [], []
@@ -343,8 +345,8 @@ class SpaFormer:
                 best = int(np.argmax([history.best_score for history in histories[: len(candidates)]]))
                 wide, training = candidates[best], shortened(s.training, histories[best])
             network = self._new_network(number, wide).to(device)
-            if s.pca_start:
-                start_from_components(network, [tokens for _, tokens in held.fields])
+            if components is not None:
+                start_from_components(network, components)
             label = "training" if n_networks == 1 else f"training {number + 1}/{n_networks}"
             with ProgressBar(label, self.progress) as bar:
                 trained, history = train(
@@ -362,17 +364,17 @@ class SpaFormer:
             self._wide.append(wide)
             histories.append(history)
         self._weights = mixture_weights(np.stack(parts), held.counts) if mixing else np.full(n_networks, 1 / n_networks)
-        for line in self._description_lines(histories):
-            logger.info(line)
-        return histories
-
-    def _description_lines(self, histories: list[History]) -> Iterator[str]:
-        """Say what was chosen for each network."""
         for number, (history, wide, weight) in enumerate(zip(histories, self._wide, self._weights, strict=True)):
-            yield (
-                f"network {number + 1}: {'with' if wide else 'without'} wide path, best after {history.best_step} "
-                f"steps, {history.best_score:.4f} nats per held-out transcript over gene means, weight {weight:.2f}"
+            logger.info(
+                "network %d: %s wide path, best after %d steps, %.4f nats per held-out transcript over gene means, "
+                "weight %.2f",
+                number + 1,
+                "with" if wide else "without",
+                history.best_step,
+                history.best_score,
+                weight,
             )
+        return histories
 
     def _described_networks(self) -> dict[str, list[Any]]:
         """Say what was chosen for each network, for files."""

@@ -12,7 +12,7 @@ from spaformer_sc._config import Training
 from spaformer_sc.metrics import mixture_weights
 from spaformer_sc.training.mixing import HeldCounts, mix_in_own_counts
 from spaformer_sc.training.sequences import sequences
-from spaformer_sc.training.start import RING_SHARES, principal_components, start_from_components
+from spaformer_sc.training.start import RING_SHARES, principal_components, start_from_components, token_components
 from spaformer_sc.training.trainer import History, shortened
 
 # --- mixtures ---------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_tokens_start_at_components(fitted, shared_tissue):
     sampler = fitted._sampler(torch.device("cpu"))
     tokens = [sampler.whole(s) for s in sequences(loaded.fields, loaded.counts, None)]
     network = fitted._new_network(0, wide=False)
-    start_from_components(network, tokens)
+    start_from_components(network, token_components(tokens, network.config.dim, 2))
     dim, n_genes = network.config.dim, network.config.n_genes
     first, second = (int(share * dim) for share in RING_SHARES)
     assert dim - first - second >= n_genes  # all components, and zeros behind them
@@ -221,6 +221,6 @@ def test_the_start_does_not_move_other_weights(fitted, shared_tissue):
     sampler = fitted._sampler(torch.device("cpu"))
     tokens = [sampler.whole(s) for s in sequences(loaded.fields, loaded.counts, None)]
     plain, started = (fitted._new_network(0, wide=True) for _ in range(2))
-    start_from_components(started, tokens)
+    start_from_components(started, token_components(tokens, started.config.dim, 2))
     moved = {name for name, p in plain.named_parameters() if not torch.equal(p, started.get_parameter(name))}
     assert moved == {"embedding.weight", "embedding.bias", "neighbours.0.weight", "neighbours.1.weight"}

@@ -12,13 +12,36 @@ from spaformer_sc.nn.network import Network, Tokens
 RING_SHARES = (5 / 16, 3 / 16)
 """Share of a token's dimensions that starts with each ring of neighbours."""
 
-
 LEAST_VARIANCE = 1e-8
 """Variance below which a component is noise of rounding."""
 
 
 @torch.no_grad()
-def start_from_components(network: Network, tokens: Sequence[Tokens]) -> None:
+def token_components(tokens: Sequence[Tokens], dim: int, hops: int) -> list[tuple[Tensor, Tensor]]:
+    """Principal components of the cells' own expression and of the mean expression of each ring of neighbours.
+
+    Parameters
+    ----------
+    tokens
+        Cells to compute the components from.
+    dim
+        Width of a token, which the inputs share: the rings as :data:`RING_SHARES` says, the cell itself the rest.
+    hops
+        Number of rings.
+
+    Returns
+    -------
+    For each input its components (n, genes), at most as many as there are genes, and its mean (genes,).
+    """
+    sizes = _sizes(dim, hops)
+    return [
+        principal_components([(t.values[i], t.visible) for t in tokens], min(size, tokens[0].values[i].shape[1]))
+        for i, size in enumerate(sizes)
+    ]
+
+
+@torch.no_grad()
+def start_from_components(network: Network, components: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Set the embeddings of expression to principal components of the data.
 
     One part of the token's dimensions takes the leading components of the cells' own log-normalised expression, the
@@ -30,22 +53,24 @@ def start_from_components(network: Network, tokens: Sequence[Tokens]) -> None:
     ----------
     network
         The network; its embeddings are changed.
-    tokens
-        Cells to compute the components from.
+    components
+        From :func:`token_components`.
     """
-    dim, n_genes = network.config.dim, network.config.n_genes
-    sizes = [int(share * dim) for share in RING_SHARES[: network.config.hops]]
-    layers = [network.embedding, *network.neighbours]
+    sizes = _sizes(network.config.dim, network.config.hops)
     network.embedding.bias.zero_()
     first = 0
-    for ring, (layer, size) in enumerate(zip(layers, [dim - sum(sizes), *sizes], strict=True)):
-        n = min(size, n_genes)
-        rows = slice(first, first + n)
-        components, mean = principal_components([(t.values[ring], t.visible) for t in tokens], n)
+    for layer, size, (found, mean) in zip([network.embedding, *network.neighbours], sizes, components, strict=True):
+        rows = slice(first, first + len(found))
         layer.weight.zero_()
-        layer.weight[rows] = components.to(layer.weight)
-        network.embedding.bias[rows] = -(components @ mean).to(layer.weight)
+        layer.weight[rows] = found.to(layer.weight)
+        network.embedding.bias[rows] = -(found @ mean).to(layer.weight)
         first += size
+
+
+def _sizes(dim: int, hops: int) -> list[int]:
+    """Dimensions of a token that start with the cell itself, and with each ring."""
+    rings = [int(share * dim) for share in RING_SHARES[:hops]]
+    return [dim - sum(rings), *rings]
 
 
 def principal_components(values: Sequence[tuple[Tensor, Tensor | None]], n: int) -> tuple[Tensor, Tensor]:
