@@ -118,7 +118,9 @@ VARIANTS: dict[str, Variant] = {
     "no_posterior": Variant("thinning, no posterior", {}, {"posterior": False}),
     "no_mixing": Variant("nothing mixed in", {}, {"mixing": False}),
     # Size and training.
-    "wide": Variant("wide path", {}, {"wide": True}),
+    "wide": Variant("wide path", {}, {"forms": ["wide"]}),
+    "large": Variant("wide path, tokens twice the size, steps of a quarter", {}, {"forms": ["large"]}),
+    "zero_fill": Variant("hidden entries 0 in the input", {}, {"typical_fill": False}),
     "random_start": Variant("random start", {}, {"pca_start": False}),
     "one_layer": Variant("one layer", {}, {"n_layers": 1}),
     "latent_20": Variant("20 latent dimensions", {"n_latent": 20}),
@@ -172,7 +174,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "training": Question(
         "Size and training",
-        ("wide", "random_start", "one_layer", "latent_20", "dropout", "no_averaging", "paper"),
+        ("wide", "large", "random_start", "zero_fill", "one_layer", "latent_20", "dropout", "no_averaging", "paper"),
     ),
     "paper": Question(
         "What are the parts worth in the paper's configuration? Changes in the unit of the score.",
@@ -294,7 +296,7 @@ def run_group(
     for name in variants:
         try:
             model = build(name, size, library_key=key, missing=None if hidden is None else "hidden", random_state=seed)
-            same = replace(with_missing(model.settings, hidden is not None), masking_is_auto=True)
+            same = replace(with_missing(model.settings, None if hidden is None else "features"), masking_is_auto=True)
             if same in known:  # a variant that is another one under this protocol
                 yield known[same] | {"variant": name}
                 continue

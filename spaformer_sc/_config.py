@@ -20,8 +20,10 @@ DISPERSED = ("nb", "zinb")
 """Decoders that have a dispersion."""
 READ_THE_GRAPH = frozenset({"gat", "conditional", "conditional_gat"})
 """Encoders and positional encodings that read the spatial graph between tokens."""
+FORMS = ("plain", "wide", "large")
+"""Forms of a network; see :func:`in_form`."""
 COMBINATIONS = ("add", "concat")
-MASKINGS = ("bilevel", "tokens", "features", "thinning", "none")
+MASKINGS = ("bilevel", "tokens", "features", "genes", "thinning", "none")
 POSITIONAL = (
     "laplacian",
     "signnet",
@@ -104,15 +106,17 @@ class Settings:
         Whether ``masking`` was left to us.
     dim, n_layers, n_heads, feedforward, dropout
         Width of a token, encoder layers, heads, width of the feed-forward block in ``dim``, dropout.
-    wide
-        A linear path from the token to the genes beside the encoder, with half the learning rate; None: the first
-        network without, the second with it, and those after them as the one that did better on held-out counts.
+    forms
+        Forms of the first networks, in :data:`FORMS`; those after them have the form that did best on what is held
+        out.
     pca_start
         The embeddings of the cell's and its neighbours' expression start at principal components.
     hops
         Rings of spatial neighbours whose mean expression is an input.
     posterior
         Gamma-Poisson update with the cell's own counts; off unless ``masking`` has ``"thinning"``, which teaches it.
+    typical_fill
+        In the input, hidden entries have the mean value of their gene; else they are 0.
     dispersion
         What the dispersion of ``nb`` and ``zinb`` depends on: ``"gene"``; ``"gene_fov"``, by the FOV's name, where a
         FOV that the fit did not know has that of the gene; or ``"entry"``, decoded from the latent.
@@ -148,9 +152,10 @@ class Settings:
     feedforward: int = 2
     dropout: float = 0.0
     hops: int = 2
-    wide: bool | None = None
+    forms: tuple[str, ...] = FORMS
     pca_start: bool = True
     posterior: bool = True
+    typical_fill: bool = True
     dispersion: str = "gene"
     positional_combine: str = "add"
     patch_size: float | None = None
@@ -169,7 +174,7 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionary of numbers, strings, booleans, lists and None."""
         plain = asdict(self)
-        plain["positional"], plain["masking"] = list(self.positional), list(self.masking)
+        plain |= {name: list(plain[name]) for name in ("positional", "masking", "forms")}
         plain["training"] = {
             name: list(value) if isinstance(value, tuple) else value for name, value in plain["training"].items()
         }
@@ -183,13 +188,13 @@ class Settings:
             name: tuple(value) if isinstance(value, list) else value for name, value in values["training"].items()
         }
         values["training"] = Training(**training)
-        values["positional"], values["masking"] = tuple(values["positional"]), tuple(values["masking"])
+        values |= {name: tuple(values[name]) for name in ("positional", "masking", "forms")}
         return cls(**values)
 
 
 PAPER = Settings(
     decoder="gaussian",
-    wide=False,
+    forms=("plain",),
     pca_start=False,
     n_networks=1,
     mixing=False,
@@ -200,6 +205,7 @@ PAPER = Settings(
     dropout=0.2,
     hops=0,
     posterior=False,
+    typical_fill=False,
     model_sum=250.0,
     training=Training(tokens_per_step=None, learning_rate=1e-3, weight_decay=5e-4, schedule="constant", averaging=0.0),
 )
@@ -232,6 +238,12 @@ def _hops(name: str, value: Any) -> int:
     return hops
 
 
+def _forms(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise TypeError(f"`{name}={value!r}` must be a list of one or more of {', '.join(FORMS)}.")
+    return _names(name, value, FORMS)
+
+
 def _pair(name: str, value: Any) -> tuple[float, float]:
     if isinstance(value, str) or not hasattr(value, "__len__") or len(value) != 2:
         raise TypeError(f"`{name}={value!r}` must be a pair of numbers, such as [0.3, 0.7].")
@@ -250,9 +262,10 @@ _MODEL: dict[str, Callable[[str, Any], Any]] = {
     "feedforward": _whole(),
     "dropout": _number(0.0, 0.95),
     "hops": _hops,
-    "wide": _or_none(check_flag),
+    "forms": _forms,
     "pca_start": check_flag,
     "posterior": check_flag,
+    "typical_fill": check_flag,
     "dispersion": _choice(*DISPERSIONS),
     "positional_combine": _choice(*COMBINATIONS),
     "patch_size": _or_none(_number(1e-6)),
@@ -418,7 +431,8 @@ def _check_together(chosen: Settings, given: Mapping[str, Any]) -> None:
             f"`settings['windows']=False`: {', '.join(sorted(chosen.graph_readers))} reads the graph between "
             "neighbouring cells, which random subsets do not keep; leave `windows` out."
         )
-    for name, maskings in (("masked_tokens", ("bilevel", "tokens")), ("masked_features", ("bilevel", "features"))):
+    hiding = {"masked_tokens": ("bilevel", "tokens"), "masked_features": ("bilevel", "features", "genes")}
+    for name, maskings in hiding.items():
         rate = getattr(chosen.training, name)
         if rate in (0, (0, 0)) and not set(maskings).isdisjoint(chosen.masking):
             raise ValueError(
@@ -427,11 +441,49 @@ def _check_together(chosen: Settings, given: Mapping[str, Any]) -> None:
             )
 
 
-def with_missing(settings: Settings, missing: bool) -> Settings:
-    """Add feature masking to an automatic choice where entries were not measured.
+def in_form(settings: Settings, form: str) -> Settings:
+    """Settings of one network.
+
+    ``plain`` is what the settings say. ``wide`` has a linear path from the token to the genes beside the encoder, and
+    half the learning rate. ``large`` is wide, with tokens of twice the size, and takes four steps, of a quarter of the
+    cells each, for every step of the others, and twice as many validations.
+
+    Parameters
+    ----------
+    settings
+        Settings of the model.
+    form
+        One of :data:`FORMS`.
+    """
+    if form == "plain":
+        return settings
+    training = settings.training
+    training = replace(training, learning_rate=training.learning_rate / 2)
+    if form == "wide":
+        return replace(settings, training=training)
+    tokens = training.tokens_per_step
+    training = replace(
+        training,
+        n_steps=4 * training.n_steps,
+        n_validations=2 * training.n_validations,
+        tokens_per_step=None if tokens is None else max(1, tokens // 4),
+        averaging=1 - (1 - training.averaging) / 5 if training.averaging else 0.0,
+    )
+    return replace(settings, dim=2 * settings.dim, training=training)
+
+
+def with_missing(settings: Settings, hidden_as: str | None) -> Settings:
+    """Add to an automatic choice the masking that hides entries like those that were not measured.
 
     Thinning never hides a gene whole, so only masking teaches the network to tell "not measured" from "no counts".
+
+    Parameters
+    ----------
+    settings
+        The choices.
+    hidden_as
+        ``"features"`` for single entries, ``"genes"`` for genes in whole FOVs; None where all were measured.
     """
-    if not missing or not settings.masking_is_auto or "features" in settings.masking:
+    if hidden_as is None or not settings.masking_is_auto:
         return settings
-    return replace(settings, masking=(*settings.masking, "features"))
+    return replace(settings, masking=tuple(dict.fromkeys((*settings.masking, hidden_as))))

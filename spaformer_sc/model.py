@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from . import __version__, _checks
-from ._config import GRAPHS, OUTPUTS, Settings, resolve, with_missing
+from ._config import FORMS, GRAPHS, OUTPUTS, Settings, in_form, resolve, with_missing
 from ._logging import logger
 from ._memory import state_memory
 from ._saved import read_model, write_model
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .data._fields import FieldOfView
     from .nn.network import Network, NetworkConfig, Output, Tokens
     from .positional import CombinedEncodings
-    from .training.mixing import HeldCounts
+    from .training.mixing import HeldCounts, HeldEntries
     from .training.sequences import FieldCounts, Sampler
     from .training.trainer import History
 
@@ -37,8 +37,8 @@ VALIDATION_SHARE = 0.05
 TEST_SHARE = 0.05
 """Share of the transcripts that the scores are measured on; neither training nor stopping sees them."""
 
-CANDIDATES = (False, True)
-"""``wide`` of the first networks where it is not given; those after them have what did better."""
+HELD_ENTRIES = 0.05
+"""Share of the measured entries that is hidden, where others are missing, to decide when training stops."""
 
 AS_FITTED = "as fitted"
 """Default of arguments that say where data are found: as in the fit."""
@@ -62,12 +62,22 @@ class DataKeys:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checked AnnData, taken apart: counts (cells, genes of the model), FOVs, entries not measured."""
+    """A checked AnnData, taken apart: counts (cells, genes of the model), FOVs, entries not measured, FOV of a cell."""
 
     counts: sp.csr_matrix
     fields: list[FieldOfView]
     missing: NDArray[np.bool_] | None
+    images: NDArray[np.int64]
     graph_summary: dict[str, Any]
+
+    @property
+    def hidden_as(self) -> str | None:
+        """The corruption that hides entries like the missing ones; None where nothing is missing."""
+        from .data._split import in_blocks
+
+        if self.missing is None:
+            return None
+        return "genes" if in_blocks(self.missing, self.images) else "features"
 
 
 @dataclass(frozen=True)
@@ -175,11 +185,12 @@ class SpaFormer:
         self.target_sum: float = float("nan")
         self._model_sum: float = float("nan")
         self._gene_share: NDArray[np.float32] | None = None
+        self._typical: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
         self._fractional = False
         self._fovs: tuple[str, ...] = ()
         self._networks: list[Network] = []
-        self._wide: list[bool] = []
-        self._weights: NDArray[np.float64] = np.zeros(0)
+        self._forms: list[str] = []
+        self._weights: NDArray[np.float64] = np.zeros((2, 0))
 
     def __repr__(self) -> str:
         s = self.settings
@@ -205,7 +216,8 @@ class SpaFormer:
         """Fit the model to raw counts.
 
         A twentieth of all transcripts is held out to decide when to stop (in large data, that of some FOVs drawn at
-        random), and another twentieth to score the result. An earlier fit of the same object is forgotten.
+        random), and another twentieth to score the result. Where entries are missing, a twentieth of the others is
+        hidden too, and decides when to stop. An earlier fit of the same object is forgotten.
 
         Parameters
         ----------
@@ -255,7 +267,7 @@ class SpaFormer:
         # From here on the earlier fit is gone: were this one interrupted, the model would be unfitted, not half fitted.
         self.var_names = None
         self.keys = keys
-        self.settings = with_missing(self._chosen, loaded.missing is not None)
+        self.settings = with_missing(self._chosen, loaded.hidden_as)
         self._fit(loaded, device)
         self.var_names = pd.Index(adata.var_names.astype(str))
         self.gene_scores.index = self.var_names
@@ -280,8 +292,8 @@ class SpaFormer:
     def _fit(self, loaded: Loaded, device: torch.device) -> None:
         import torch
 
-        from .data._split import gene_shares, hold_out
-        from .training.mixing import HeldCounts
+        from .data._split import gene_shares, hold_out, hold_out_entries, typical_values
+        from .training.mixing import HeldCounts, HeldEntries
         from .training.sequences import sequences
 
         self._fractional = not _checks.is_whole(loaded.counts)
@@ -292,22 +304,34 @@ class SpaFormer:
             test=TEST_SHARE,
             rng=np.random.default_rng(derived_seed(self.random_state, "held out")),
         )
-        self._gene_share = gene_shares(split.train, loaded.missing)
+        missing, train = loaded.missing, split.train
+        if loaded.missing is not None:
+            rng = np.random.default_rng(derived_seed(self.random_state, "held entries"))
+            held_out = hold_out_entries(train, loaded.missing, loaded.images, HELD_ENTRIES, rng)
+            missing = loaded.missing | held_out
+            train = _without(train, held_out)
+        self._gene_share = gene_shares(train, missing)
         library = np.asarray(loaded.counts.sum(axis=1)).ravel()
         if loaded.missing is not None:
             library = library / np.maximum(~loaded.missing @ self._gene_share, 1e-6)
         self.target_sum = float(np.median(library[library > 0]))
         kept = 1 - VALIDATION_SHARE - TEST_SHARE
         self._model_sum = self.settings.model_sum or max(1.0, kept * self.target_sum)
+        self._typical = typical_values(train, missing, self._gene_share, self._model_sum)
         self.graph_summary = loaded.graph_summary
         by_fov = self.settings.dispersion == "gene_fov"
         self._fovs = tuple(dict.fromkeys(f.image for f in loaded.fields)) if by_fov else ()
-        data = sequences(loaded.fields, split.train, loaded.missing)
+        data = sequences(loaded.fields, train, missing)
         sampler = self._sampler(device)
         draw = torch.Generator().manual_seed(derived_seed(self.random_state, "validation"))
         validated = sampler.some_whole(data, draw)
-        held = HeldCounts(validated, split.validation, self._shares)
-        histories = self._train_networks(data, sampler, held, device)
+        entries = None
+        if loaded.missing is None:
+            held = HeldCounts(validated, split.validation, self._shares)
+        else:
+            held = HeldCounts(validated, _without(split.validation, held_out), self._shares)
+            entries = HeldEntries(validated, split.train, held_out, self._shares, self._model_sum)
+        histories = self._train_networks(data, sampler, held, entries, device)
         self.history = {
             "network": [float(i) for i, h in enumerate(histories) for _ in h.step],
             **{
@@ -315,14 +339,19 @@ class SpaFormer:
                 for name in ("step", "epoch", "loss", "validation")
             },
         }
-        del held
+        del held, entries
         validated.clear()
-        self._score(data, sampler, split.train, split.test, loaded)
+        self._score(sequences(loaded.fields, split.train, loaded.missing), sampler, split.train, split.test, loaded)
 
     def _train_networks(
-        self, data: list[FieldCounts], sampler: Sampler, held: HeldCounts, device: torch.device
+        self,
+        data: list[FieldCounts],
+        sampler: Sampler,
+        held: HeldCounts,
+        entries: HeldEntries | None,
+        device: torch.device,
     ) -> list[History]:
-        """Train the networks; held-out counts choose their form, how long they train, and their weights."""
+        """Train the networks; what is held out chooses their form, how long they train, and their weights."""
         from .metrics import mixture_weights
         from .training.mixing import mix_in_own_counts
         from .training.progress import ProgressBar
@@ -331,20 +360,27 @@ class SpaFormer:
 
         s = self.settings
         n_networks = s.n_networks
-        candidates = CANDIDATES[:n_networks] if s.wide is None else (s.wide,)
+        candidates = s.forms[:n_networks]
         mixing = s.mixing and held.enough
+        if entries is not None and not entries.enough:
+            entries = None
+        validate = held.gain if entries is None else entries.gain
         whole = [tokens for _, tokens in held.fields]
-        components = token_components(whole, s.dim, s.hops) if s.pca_start else None
+        widest = max(in_form(s, form).dim for form in candidates)
+        components = token_components(whole, widest, s.hops) if s.pca_start else None
         histories: list[History] = []
         parts: list[NDArray[np.float64]] = []
-        self._networks, self._wide = [], []
+        predicted: list[NDArray[np.float64]] = []
+        self._networks, self._forms = [], []
         for number in range(n_networks):
             if number < len(candidates):
-                wide, training = candidates[number], s.training
+                form = candidates[number]
+                training = in_form(s, form).training
             else:
                 best = int(np.argmax([history.best_score for history in histories[: len(candidates)]]))
-                wide, training = candidates[best], shortened(s.training, histories[best])
-            network = self._new_network(number, wide).to(device)
+                form = candidates[best]
+                training = shortened(in_form(s, form).training, histories[best])
+            network = self._new_network(number, form).to(device)
             if components is not None:
                 start_from_components(network, components)
             label = "training" if n_networks == 1 else f"training {number + 1}/{n_networks}"
@@ -352,24 +388,29 @@ class SpaFormer:
                 trained, history = train(
                     network,
                     data,
-                    sampler,
-                    replace(training, learning_rate=training.learning_rate / 2) if wide else training,
-                    validate=held.gain,
+                    replace(sampler, tokens_per_step=training.tokens_per_step),
+                    training,
+                    validate=validate,
                     seed=derived_seed(self.random_state, f"training {number}"),
                     progress=bar.update,
                 )
             if mixing:
                 parts.append(mix_in_own_counts(trained, held))
+            if s.mixing and entries is not None:
+                predicted.append(entries.predicted(trained))
             self._networks.append(trained)
-            self._wide.append(wide)
+            self._forms.append(form)
             histories.append(history)
-        self._weights = mixture_weights(np.stack(parts), held.counts) if mixing else np.full(n_networks, 1 / n_networks)
-        for number, (history, wide, weight) in enumerate(zip(histories, self._wide, self._weights, strict=True)):
+        measured = mixture_weights(np.stack(parts), held.counts) if mixing else np.full(n_networks, 1 / n_networks)
+        self._weights = np.stack([measured, measured])
+        if s.mixing and entries is not None:
+            self._weights[1] = entries.weights(np.stack(predicted))
+        shown = self._weights[0 if entries is None else 1]
+        for number, (history, form, weight) in enumerate(zip(histories, self._forms, shown, strict=True)):
             logger.info(
-                "network %d: %s wide path, best after %d steps, %.4f nats per held-out transcript over gene means, "
-                "weight %.2f",
+                "network %d: %s, best after %d steps, %.4f nats per held-out transcript over gene means, weight %.2f",
                 number + 1,
-                "with" if wide else "without",
+                form,
                 history.best_step,
                 history.best_score,
                 weight,
@@ -378,7 +419,11 @@ class SpaFormer:
 
     def _described_networks(self) -> dict[str, list[Any]]:
         """Say what was chosen for each network, for files."""
-        return {"wide": list(self._wide), "weight": self._weights.tolist()}
+        return {
+            "form": list(self._forms),
+            "weight": self._weights[0].tolist(),
+            "weight_where_missing": self._weights[1].tolist(),
+        }
 
     def _score(
         self,
@@ -531,9 +576,11 @@ class SpaFormer:
                     if output is not None:
                         block = self._scaled(network, result, tokens, output, target_sum).cpu().numpy()
                         block = block if genes is None else block[:, genes]
-                        expression[cells[inside]] += block[inside] * (
-                            weight[inside] * np.float32(self._weights[number])
-                        )
+                        share = self._weights[0, number]
+                        if sequence.measured is not None:
+                            share = np.where(sequence.measured, *self._weights[:, number])[inside]
+                            share = share if genes is None else share[:, genes]
+                        expression[cells[inside]] += block[inside] * (weight[inside] * share).astype(np.float32)
                     if embed and number == 0:
                         embedding[cells[inside]] += result.latent.cpu().numpy()[inside] * weight[inside]
         return Prediction(expression, embedding)
@@ -616,8 +663,7 @@ class SpaFormer:
         missing = _checks.check_layer_of_missing(adata, keys.missing)
         if missing is not None:
             missing = missing if columns is None else missing[:, columns]
-            counts = counts.multiply(~missing).tocsr().astype(np.float32)
-            counts.eliminate_zeros()
+            counts = _without(counts, missing)
             if counts.nnz == 0:
                 raise ValueError(
                     f"`missing={keys.missing!r}` marks every entry that has counts; nothing is left to fit."
@@ -643,7 +689,7 @@ class SpaFormer:
                 summary["n_components"],
                 len(names),
             )
-        return Loaded(counts, fields, missing, summary)
+        return Loaded(counts, fields, missing, codes, summary)
 
     # --- networks -----------------------------------------------------------------------------------------------------
 
@@ -653,8 +699,8 @@ class SpaFormer:
             raise ValueError("this SpaFormer is not fitted; call `.fit(adata)` first.")
         return self._gene_share
 
-    def _positional(self, seed: int = 0) -> CombinedEncodings | None:
-        s = self.settings
+    def _positional(self, seed: int = 0, form: str = "plain") -> CombinedEncodings | None:
+        s = in_form(self.settings, form)
         if not s.positional:
             return None
         from .nn.seeding import seeded
@@ -670,10 +716,10 @@ class SpaFormer:
                 combine=s.positional_combine,
             )
 
-    def _network_config(self, wide: bool) -> NetworkConfig:
+    def _network_config(self, form: str) -> NetworkConfig:
         from .nn.network import NetworkConfig
 
-        s = self.settings
+        s = in_form(self.settings, form)
         return NetworkConfig(
             n_genes=len(self._shares),
             dim=s.dim,
@@ -690,10 +736,10 @@ class SpaFormer:
             target_sum=self._model_sum,
             dispersion=s.dispersion,
             fovs=self._fovs,
-            wide=wide,
+            wide=form != "plain",
         )
 
-    def _new_network(self, number: int, wide: bool) -> Network:
+    def _new_network(self, number: int, form: str) -> Network:
         import torch
 
         from .nn.network import Network
@@ -703,9 +749,9 @@ class SpaFormer:
 
         parts = ("embedding", "neighbours", "encoder", "decoder", "variational")
         return Network(
-            self._network_config(wide),
+            self._network_config(form),
             gene_share=torch.from_numpy(self._shares),
-            positional=self._positional(seed("positional")),
+            positional=self._positional(seed("positional"), form),
             seeds={part: seed(part) for part in parts},
         )
 
@@ -723,6 +769,7 @@ class SpaFormer:
             rates=MaskingSchedule(s.training.masked_tokens, s.training.masked_features, s.training.thinning),
             gene_share=torch.from_numpy(self._shares),
             target_sum=self._model_sum,
+            typical=torch.from_numpy(self._typical) if s.typical_fill else None,
             positional=None if module is None else "graph" if module.needs_graph else "rows",
             graph=bool(s.graph_readers),
             windows=s.training.windows,
@@ -786,7 +833,7 @@ class SpaFormer:
             "history": self.history,
             "graph_summary": self.graph_summary,
         }
-        weights = {"gene_share": _tensor(self._shares)}
+        weights = {"gene_share": _tensor(self._shares), "typical": _tensor(self._typical)}
         for number, network in enumerate(self._networks):
             for name, tensor in network.state_dict().items():
                 weights[f"networks.{number}.{name}"] = tensor.detach().cpu().contiguous()
@@ -830,19 +877,22 @@ class SpaFormer:
             model._model_sum = float(description["model_sum"])
             model._fractional = bool(description["fractional"])
             model._fovs = tuple(str(name) for name in description.get("fovs", []))
-            model._wide = [bool(wide) for wide in description["networks"]["wide"]]
-            model._weights = np.array(description["networks"]["weight"], dtype=np.float64)
-            if not model._weights.shape == (len(model._wide),) == (model.settings.n_networks,):
+            model._forms = [str(form) for form in description["networks"]["form"]]
+            names = ("weight", "weight_where_missing")
+            model._weights = np.array([description["networks"][name] for name in names], dtype=np.float64)
+            if not model._weights.shape[1:] == (len(model._forms),) == (model.settings.n_networks,):
                 raise ValueError("its networks and what it says of them differ in number")
-            if not (model._weights >= 0).all() or abs(model._weights.sum() - 1) > 1e-6:
+            if not (model._weights >= 0).all() or (abs(model._weights.sum(axis=1) - 1) > 1e-6).any():
                 raise ValueError("the weights of its networks are no shares")
             model.scores, model.history = description["scores"], description["history"]
             model.graph_summary = description["graph_summary"]
             model._gene_share = weights.pop("gene_share").numpy()
+            model._typical = weights.pop("typical").numpy()
             names = pd.Index([str(name) for name in description["var_names"]])
             model.gene_scores = pd.DataFrame(description["gene_scores"], index=names)
-            for number, wide in enumerate(model._wide):
-                network = model._new_network(number, wide)
+            for number, form in enumerate(model._forms):
+                _checks.check_choice("form", form, FORMS)
+                network = model._new_network(number, form)
                 prefix = f"networks.{number}."
                 network.load_state_dict(
                     {k.removeprefix(prefix): weights.pop(k) for k in list(weights) if k.startswith(prefix)}
@@ -880,6 +930,13 @@ def resolve_device(device: str) -> torch.device:
 def _as_key(library_key: str | Sequence[str] | None) -> str | list[str] | None:
     # Anything else is refused, with a message, when the key is looked up.
     return list(library_key) if isinstance(library_key, (list, tuple)) else library_key  # type: ignore[return-value]
+
+
+def _without(counts: sp.csr_matrix, entries: NDArray[np.bool_]) -> sp.csr_matrix:
+    """Counts (cells, genes) with 0 at ``entries``."""
+    left = counts.multiply(~entries).tocsr().astype(np.float32)
+    left.eliminate_zeros()
+    return left
 
 
 def _tensor(array: NDArray[np.float32]) -> torch.Tensor:

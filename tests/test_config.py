@@ -77,9 +77,10 @@ def test_the_posterior_is_off_where_nothing_teaches_it(masking: object) -> None:
 
 def test_unmeasured_entries_add_feature_masking_to_an_automatic_choice_only() -> None:
     auto, chosen = resolve(**AUTO), resolve(**{**AUTO, "masking": "thinning"})
-    assert with_missing(auto, True).masking == ("thinning", "features")
-    assert with_missing(auto, False) == auto
-    assert with_missing(chosen, True) == chosen
+    assert with_missing(auto, "features").masking == ("thinning", "features")
+    assert with_missing(auto, "genes").masking == ("thinning", "genes")
+    assert with_missing(auto, None) == auto
+    assert with_missing(chosen, "features") == chosen
 
 
 @pytest.mark.parametrize("quality", ["fast", "default", "best"])

@@ -728,8 +728,7 @@ def test_the_default_averages_networks(tissue):
     params, history = tissue.uns["spaformer"]["params"], tissue.uns["spaformer"]["history"]
     assert params["model"]["n_networks"] == 4
     assert set(history["network"]) == {0.0, 1.0, 2.0, 3.0}
-    assert params["networks"]["wide"][:2] == [False, True]
-    assert params["networks"]["wide"][2] == params["networks"]["wide"][3]
+    assert params["networks"]["form"][:3] == ["plain", "wide", "large"]
     assert sum(params["networks"]["weight"]) == pytest.approx(1)
     np.testing.assert_allclose(tissue.layers["spaformer"].sum(axis=1), params["target_sum"], rtol=1e-4)
 
@@ -841,7 +840,8 @@ def test_a_gene_hidden_in_one_fov_is_recovered_from_the_others():
     counts = adata.X.toarray()
     counts[:80, genes] = 0
     adata.X = sp.csr_matrix(counts)
-    impute(adata, missing="not measured", max_epochs=40, output="rate", target_sum=1)
+    arguments = {"max_epochs": 60, "output": "rate", "target_sum": 1, "settings": {"tokens_per_step": 100}}
+    impute(adata, missing="not measured", **arguments)
     share = adata.layers["spaformer"][:80, genes]
     mean = counts[80:].sum(axis=0)[genes] / counts[80:].sum()
     error, error_of_mean = (np.square(np.sqrt(x) - np.sqrt(truth)).mean() for x in (share, mean))

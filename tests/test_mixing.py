@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
 
 import spaformer_sc as sf
-from spaformer_sc._config import Training
+from spaformer_sc._config import Settings, Training, in_form
 from spaformer_sc.metrics import mixture_weights
 from spaformer_sc.training.mixing import HeldCounts, mix_in_own_counts
 from spaformer_sc.training.sequences import sequences
@@ -117,7 +119,7 @@ def test_nothing_is_fitted_to_few_counts():
     tissue = sf.datasets.simulated_tissue(n_fovs=1, n_cells=30, n_genes=12)
     model = sf.SpaFormer(quality="default", max_epochs=1, progress=False).fit(tissue)
     assert tissue.X.sum() * 0.05 < 200
-    np.testing.assert_array_equal(model._weights, 0.25)
+    np.testing.assert_array_equal(model._weights, np.full((2, 4), 0.25))
     assert all(network.decoder.mixture.tolist() == [1, 0, 0] for network in model._networks)
 
 
@@ -156,13 +158,29 @@ def test_further_networks_train_for_half_as_long_again():
 
 def test_the_better_form_is_taken_for_further_networks(shared_tissue):
     model = sf.SpaFormer(library_key="fov", max_epochs=3, progress=False).fit(shared_tissue)
-    assert model._wide[:2] == [False, True]
+    forms = ["plain", "wide", "large"]
+    assert model._forms[:3] == forms
     number, validation = np.array(model.history["network"]), np.array(model.history["validation"])
-    scores = [validation[number == i].max() for i in (0, 1)]
-    assert model._wide[2:] == [scores[1] > scores[0]] * 2
-    assert [network.wide is not None for network in model._networks] == model._wide
-    fixed = sf.SpaFormer(library_key="fov", max_epochs=1, settings={"wide": True}, progress=False).fit(shared_tissue)
-    assert fixed._wide == [True] * 4
+    assert model._forms[3] == forms[int(np.argmax([validation[number == i].max() for i in range(3)]))]
+    assert [network.wide is not None for network in model._networks] == [form != "plain" for form in model._forms]
+    assert [network.config.dim for network in model._networks[:3]] == [128, 128, 256]
+    settings = {"forms": ["wide"], "n_networks": 3}
+    fixed = sf.SpaFormer(library_key="fov", max_epochs=1, settings=settings, progress=False).fit(shared_tissue)
+    assert fixed._forms == ["wide"] * 3
+
+
+def test_forms_of_a_network():
+    s = Settings(training=Training(n_steps=100, tokens_per_step=512, learning_rate=2e-3, averaging=0.99))
+    assert in_form(s, "plain") == s
+    assert in_form(s, "wide") == replace(s, training=replace(s.training, learning_rate=1e-3))
+    large = in_form(s, "large")
+    assert (large.dim, large.n_latent) == (2 * s.dim, s.n_latent)
+    t = large.training
+    assert (t.n_steps, t.tokens_per_step, t.learning_rate, t.n_validations) == (400, 128, 1e-3, 50)
+    assert t.averaging == pytest.approx(0.998)
+    plain = replace(s, training=replace(s.training, tokens_per_step=None, averaging=0.0))
+    assert in_form(plain, "large").training.tokens_per_step is None
+    assert in_form(plain, "large").training.averaging == 0.0
 
 
 # --- the start --------------------------------------------------------------------------------------------------------
@@ -203,7 +221,7 @@ def test_tokens_start_at_components(fitted, shared_tissue):
     loaded, _ = fitted._read(shared_tissue, fitted.keys)
     sampler = fitted._sampler(torch.device("cpu"))
     tokens = [sampler.whole(s) for s in sequences(loaded.fields, loaded.counts, None)]
-    network = fitted._new_network(0, wide=False)
+    network = fitted._new_network(0, "plain")
     start_from_components(network, token_components(tokens, network.config.dim, 2))
     dim, n_genes = network.config.dim, network.config.n_genes
     first, second = (int(share * dim) for share in RING_SHARES)
@@ -220,7 +238,7 @@ def test_the_start_does_not_move_other_weights(fitted, shared_tissue):
     loaded, _ = fitted._read(shared_tissue, fitted.keys)
     sampler = fitted._sampler(torch.device("cpu"))
     tokens = [sampler.whole(s) for s in sequences(loaded.fields, loaded.counts, None)]
-    plain, started = (fitted._new_network(0, wide=True) for _ in range(2))
+    plain, started = (fitted._new_network(0, "wide") for _ in range(2))
     start_from_components(started, token_components(tokens, started.config.dim, 2))
     moved = {name for name, p in plain.named_parameters() if not torch.equal(p, started.get_parameter(name))}
     assert moved == {"embedding.weight", "embedding.bias", "neighbours.0.weight", "neighbours.1.weight"}

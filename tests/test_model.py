@@ -119,8 +119,8 @@ def test_networks_are_averaged_in_the_scale_asked_for(shared_tissue):
     best = model(quality="default", max_epochs=1).fit(shared_tissue)
     everything = {output: best.impute(shared_tissue, output=output) for output in ("lognorm", "counts", "rate")}
     networks, weights, mean = best._networks, best._weights, dict.fromkeys(everything, 0.0)
-    assert len(networks) == len(weights) == 4
-    best._weights = np.ones(1)
+    assert weights.shape == (2, len(networks)) == (2, 4)
+    weights, best._weights = weights[0], np.ones((2, 1))
     for network, weight in zip(networks, weights):
         best._networks = [network]
         mean = {output: mean[output] + weight * best.impute(shared_tissue, output=output) for output in mean}
@@ -496,6 +496,11 @@ def _settings(**values):
     return damage
 
 
+def _networks(**values):
+    known = {"form": ["plain"], "weight": [1.0], "weight_where_missing": [1.0]}
+    return lambda path: _edited(path, networks={**known, **values})
+
+
 DAMAGE = {
     "empty description": _truncated("model.json", 0),
     "half a description": _truncated("model.json", 0.5),
@@ -512,8 +517,10 @@ DAMAGE = {
     "another width": _settings(dim=64),
     "unknown setting": _settings(colour="red"),
     "more networks": _settings(n_networks=2),
-    "weights of networks that are no shares": lambda path: _edited(path, networks={"wide": [False], "weight": [-3.0]}),
-    "no weights of networks": lambda path: _edited(path, networks={"wide": [False], "weight": [None]}),
+    "weights of networks that are no shares": _networks(weight=[-3.0]),
+    "no weights of networks": _networks(weight=[None]),
+    "weights of missing entries that are no shares": _networks(weight_where_missing=[0.5]),
+    "a network of no known form": _networks(form=["round"]),
     "no weights": _truncated("weights.safetensors", 0),
     "half the weights": _truncated("weights.safetensors", 0.5),
     "nearly all weights": _truncated("weights.safetensors", 0.999),
@@ -537,7 +544,7 @@ def test_what_is_no_model_is_refused(fitted, tmp_path, damage):
 
 def test_another_format_is_told_from_damage(fitted, tmp_path):
     fitted.save(tmp_path / "model")
-    for schema, word in ((3, "newer"), (1, "older")):
+    for schema, word in ((4, "newer"), (2, "older")):
         _edited(tmp_path / "model", schema=schema, version="9.9.9")
         with pytest.raises(ValueError, match=rf"{word} .*9\.9\.9"):
             sf.SpaFormer.load(tmp_path / "model")

@@ -33,7 +33,7 @@ def fitted(tissue):
 @pytest.fixture(scope="module")
 def network(fitted):
     """The network of the preset before training."""
-    return fitted._new_network(0, wide=False)
+    return fitted._new_network(0, "plain")
 
 
 def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import spaformer_sc as sf
-from spaformer_sc._config import DISPERSED, DISPERSIONS, GRAPHS
+from spaformer_sc._config import DISPERSED, DISPERSIONS, FORMS, GRAPHS
 from spaformer_sc.nn.decoders import DECODERS
 from spaformer_sc.nn.encoder import ENCODERS
 from spaformer_sc.nn.masking import CORRUPTIONS
@@ -33,7 +33,8 @@ ENTRIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     *(({"positional": TWO}, {"positional_combine": name}) for name in ("add", "concat")),
     *(({"graph": name, "radius": 15.0 if name == "radius" else None}, {}) for name in GRAPHS),
     *(({}, {"hops": hops}) for hops in (0, 1, 2)),
-    *(({}, {name: value}) for name in ("posterior", "wide", "pca_start") for value in (False, True)),
+    *(({}, {name: value}) for name in ("posterior", "pca_start", "typical_fill") for value in (False, True)),
+    *(({}, {"forms": [form]}) for form in FORMS),
     ({}, {"windows": True}),
     ({"preset": "paper"}, {}),
 ]
@@ -69,7 +70,7 @@ def fixed_loss(model: sf.SpaFormer, tissue, network) -> float:
 def fall(model: sf.SpaFormer, tissue) -> float:
     """By how much training lowered the loss, as a share of what it was at the initial weights."""
     before, after = (
-        fixed_loss(model, tissue, network) for network in (model._new_network(0, model._wide[0]), model._networks[0])
+        fixed_loss(model, tissue, network) for network in (model._new_network(0, model._forms[0]), model._networks[0])
     )
     return (before - after) / abs(before)
 

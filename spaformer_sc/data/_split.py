@@ -1,4 +1,4 @@
-"""Counts that the fit does not see: a part to stop on, and a part to score on."""
+"""Counts and entries that the fit does not see: a part to stop on, and a part to score on."""
 
 from __future__ import annotations
 
@@ -43,6 +43,85 @@ def hold_out(counts: sp.csr_matrix, *, validation: float, test: float, rng: np.r
         return matrix
 
     return HeldOut(part(values - held), part(held - scored), part(scored))
+
+
+def hold_out_entries(
+    counts: sp.csr_matrix, missing: NDArray[np.bool_], fovs: NDArray[np.int64], share: float, rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Hide a share of the measured entries, in the way of those that are missing.
+
+    Where most of what is missing is genes missing in a whole FOV, these are whole FOVs of a gene, of genes that stay
+    measured in another one; otherwise single entries.
+
+    Parameters
+    ----------
+    counts
+        Counts (cells, genes), 0 where missing.
+    missing
+        Which entries were not measured (cells, genes).
+    fovs
+        Number of the FOV of each cell (cells,), from 0.
+    share
+        Share of the measured entries.
+    rng
+        Source of randomness.
+
+    Returns
+    -------
+    Which entries are held out (cells, genes); none in a cell that would be left without counts.
+    """
+    if in_blocks(missing, fovs):
+        measured = ~_whole_blocks(missing, fovs)
+        blocks = measured & (rng.random(measured.shape) < share)
+        stays = np.where(measured, rng.random(measured.shape), -1).argmax(axis=0)
+        blocks[stays, np.arange(len(stays))] = False
+        held = blocks[fovs] & ~missing
+    else:
+        held = (rng.random(missing.shape, dtype=np.float32) < share) & ~missing
+    held[np.asarray(counts.multiply(~held).sum(axis=1)).ravel() == 0] = False
+    return np.asarray(held)
+
+
+def in_blocks(missing: NDArray[np.bool_], fovs: NDArray[np.int64]) -> bool:
+    """Whether most of the ``missing`` entries (cells, genes) are genes missing in a whole FOV."""
+    sizes = np.bincount(fovs)
+    return 2 * int(sizes @ _whole_blocks(missing, fovs).sum(axis=1)) > int(missing.sum())
+
+
+def _whole_blocks(missing: NDArray[np.bool_], fovs: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which genes are missing in every cell of which FOV (FOVs, genes)."""
+    return np.stack([missing[fovs == fov].all(axis=0) for fov in range(fovs.max() + 1)])
+
+
+def typical_values(
+    counts: sp.csr_matrix, missing: NDArray[np.bool_] | None, gene_share: NDArray[np.float32], target_sum: float
+) -> NDArray[np.float32]:
+    """Mean log-normalised expression of each gene over the cells that it was measured in.
+
+    Parameters
+    ----------
+    counts
+        Counts (cells, genes), 0 where missing.
+    missing
+        Which entries were not measured (cells, genes), or None.
+    gene_share
+        From :func:`gene_shares`; gives the depth of cells in which entries are missing.
+    target_sum
+        Depth to normalise to.
+
+    Returns
+    -------
+    Mean of log1p(count / depth * target_sum), float32 (genes,).
+    """
+    library = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+    n_measured = np.full(counts.shape[1], counts.shape[0])
+    if missing is not None:
+        library = library / np.maximum(~missing @ gene_share, 1e-6)
+        n_measured = (~missing).sum(axis=0)
+    entries = counts.tocoo()
+    values = np.log1p(entries.data / library[entries.row] * target_sum)
+    total = np.bincount(entries.col, weights=values, minlength=counts.shape[1])
+    return np.asarray(total / np.maximum(n_measured, 1), dtype=np.float32)
 
 
 def gene_shares(counts: sp.csr_matrix, missing: NDArray[np.bool_] | None) -> NDArray[np.float32]:

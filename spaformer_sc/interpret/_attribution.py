@@ -324,7 +324,7 @@ def integrate(
     fields = [field for field in loaded.fields if not wanted.isdisjoint(field.cells.tolist())]
     return integrated_gradients(
         model._networks,
-        model._weights.tolist(),
+        model._weights,
         model._sampler(resolve_device(model.device)),
         sequences(fields, loaded.counts, loaded.missing),
         [Target(row, column) for row, column in zip(rows, columns, strict=True)],

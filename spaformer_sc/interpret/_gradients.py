@@ -14,7 +14,7 @@ from torch import Tensor
 from spaformer_sc.nn.decoders import GaussianDecoder
 from spaformer_sc.nn.masking import depth
 from spaformer_sc.nn.network import Network, Tokens, normalise
-from spaformer_sc.training.sequences import FieldCounts, Sampler
+from spaformer_sc.training.sequences import FieldCounts, Sampler, stand_in
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,12 @@ def baseline_counts(counts: Tensor, measured: Tensor | None, profile: Tensor) ->
 
 
 def tokens_of(
-    counts: Tensor, template: Tokens, rings: Sequence[Tensor], gene_share: Tensor, target_sum: float
+    counts: Tensor,
+    template: Tokens,
+    rings: Sequence[Tensor],
+    gene_share: Tensor,
+    target_sum: float,
+    typical: Tensor | None = None,
 ) -> Tokens:
     """Compute all inputs of the network that depend on ``counts``, differentiably.
 
@@ -80,7 +85,7 @@ def tokens_of(
         Tokens of the same cells, for all that does not depend on counts.
     rings
         Row-normalised sparse averaging matrices (cells, cells).
-    gene_share, target_sum
+    gene_share, target_sum, typical
         As in :class:`~spaformer_sc.training.sequences.Sampler`.
     """
     seen = depth(counts, template.visible, gene_share)
@@ -89,6 +94,10 @@ def tokens_of(
     if template.visible is not None:
         shown = [torch.sparse.mm(ring, template.visible.to(values.dtype)) for ring in rings]
         means = [torch.where(s > 1e-6, m / s.clamp(min=1e-6), m) for m, s in zip(means, shown, strict=True)]
+        if typical is not None:
+            near = [torch.sparse.mm(ring, torch.ones_like(values[:, :1])) > 0 for ring in rings]
+            means = [torch.where((s <= 1e-6) & n, typical, m) for m, s, n in zip(means, shown, near, strict=True)]
+    values = stand_in(values, template.visible, typical)
     return replace(template, values=(values, *means), counts=counts, depth=seen)
 
 
@@ -99,7 +108,7 @@ def is_logarithm(networks: Sequence[Network]) -> bool:
 
 def integrated_gradients(
     networks: Sequence[Network],
-    network_weights: Sequence[float],
+    network_weights: NDArray[np.float64],
     sampler: Sampler,
     sequences: Sequence[FieldCounts],
     targets: Sequence[Target],
@@ -122,7 +131,8 @@ def integrated_gradients(
     Parameters
     ----------
     networks, network_weights
-        Networks that are averaged, and their weights in the prediction.
+        Networks that are averaged, and their weights (2, networks) in the prediction of measured and of missing
+        entries.
     sampler
         Sampler of the model.
     sequences
@@ -154,6 +164,7 @@ def integrated_gradients(
             continue
         template = sampler.whole(sequence)
         gene_share = sampler.gene_share.to(sampler.device)
+        typical = None if sampler.typical is None else sampler.typical.to(sampler.device)
         rings = [_sparse(ring, sampler.device) for ring in sequence.fov.rings]
         start = baseline_counts(template.counts, template.visible, profile.to(sampler.device))
         change = template.counts - start
@@ -161,15 +172,16 @@ def integrated_gradients(
             by_cell[t][number] = np.zeros((len(path), sequence.fov.n_cells))
         for p, where in enumerate(path):
             slope = bool(step[p] > 0)
-            for network, network_weight in zip(networks, network_weights, strict=True):
+            for network, network_weight in zip(networks, network_weights.T, strict=True):
                 with torch.set_grad_enabled(slope):
                     counts = (start + where * change).requires_grad_(slope)
-                    tokens = tokens_of(counts, template, rings, gene_share, sampler.target_sum)
+                    tokens = tokens_of(counts, template, rings, gene_share, sampler.target_sum, typical)
                     decoded = network(tokens).decoded
                     answer = network.decoder.share(decoded) if logarithm else decoded.expression
                 for i, (t, row) in enumerate(inside):
                     asked = answer[row, targets[t].column]
-                    weight = float(sequence.fov.weight[row]) * network_weight
+                    missing = sequence.measured is not None and not sequence.measured[row, targets[t].column]
+                    weight = float(sequence.fov.weight[row]) * float(network_weight[int(missing)])
                     value[t, p] += weight * asked.item()
                     if not slope:
                         continue

@@ -125,7 +125,8 @@ class CountDecoder(nn.Module):
         With prior rate ``r`` (the network's share), concentration ``k`` and ``x`` transcripts of the gene seen at depth
         ``D``, the posterior mean of the rate under ``rate ~ Gamma(k, k / r)``, ``x ~ Poisson(D * rate)`` is
         ``(k + x) / (k / r + D)`` (SAVER: Huang et al. 2018, eq. 2). The concentration is the gene's own times a factor
-        decoded for each entry: it says how sure the network is. Hidden entries keep the prior. Rows are normalised.
+        decoded for each entry: it says how sure the network is. Hidden entries keep the prior, under which their counts
+        are negative binomial with the concentration as dispersion. Rows are normalised.
 
         Parameters
         ----------
@@ -146,8 +147,14 @@ class CountDecoder(nn.Module):
         hidden = self.hidden(latent)
         logits = self.logits(hidden)
         share = torch.softmax(logits if offset is None else logits + offset, dim=-1)
+        log_dispersion = self._log_dispersion(hidden, fov)
         if self.log_concentration is not None and self.concentration is not None:
-            concentration = (self.log_concentration + self.concentration(hidden)).clamp(-_LOG_LIMIT, _LOG_LIMIT).exp()
+            log_concentration = (self.log_concentration + self.concentration(hidden)).clamp(
+                _LEAST_LOG_DISPERSION, _LOG_LIMIT
+            )
+            concentration = log_concentration.exp()
+            if visible is not None and log_dispersion is not None:
+                log_dispersion = torch.where(visible, log_dispersion, log_concentration)
             updated = (concentration + counts) / (concentration / share.clamp(min=_TINY) + depth[:, None])
             share = updated if visible is None else torch.where(visible, updated, share)
             share = share / share.sum(-1, keepdim=True)
@@ -159,7 +166,7 @@ class CountDecoder(nn.Module):
         if not self.training and self.mixture[0] < 1:
             mixed = self._mixed(share if keep is None else share * keep, counts, visible)
             share = mixed if keep is None else mixed / keep.clamp(min=_TINY)
-        return Decoded(share, zero_logits, self._log_dispersion(hidden, fov))
+        return Decoded(share, zero_logits, log_dispersion)
 
     def mixture_parts(self, share: Tensor, counts: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """What is mixed (cells, genes each): the network's shares, the cell's own counts, and the gene means.

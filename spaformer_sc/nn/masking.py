@@ -9,7 +9,7 @@ A new corruption is a function with the signature of :func:`thinning` and one li
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +101,7 @@ class MaskingRates:
     tokens
         Share of the cells that are touched by ``bilevel`` and ``tokens``.
     features
-        Share of the genes hidden, on the touched cells (``bilevel``) or on all (``features``).
+        Share of the genes hidden, on the touched cells (``bilevel``) or on all (``features``, ``genes``).
     thinning
         Range of the probability that a transcript stays visible; drawn uniformly for each FOV and epoch.
     """
@@ -189,6 +189,14 @@ def features(
     return _hide(counts, measured, gene_share, torch.rand(counts.shape, generator=generator) < rates.features)
 
 
+def genes(
+    counts: SparseCounts, measured: Tensor | None, gene_share: Tensor, rates: MaskingRates, generator: torch.Generator
+) -> Corrupted:
+    """Hide a share of the genes in all cells of the FOV: neighbours do not tell of them either."""
+    hidden = torch.rand((1, counts.shape[1]), generator=generator) < rates.features
+    return _hide(counts, measured, gene_share, hidden.expand(counts.shape))
+
+
 def nothing(
     counts: SparseCounts, measured: Tensor | None, gene_share: Tensor, rates: MaskingRates, generator: torch.Generator
 ) -> Corrupted:
@@ -201,6 +209,61 @@ CORRUPTIONS: dict[str, Corruption] = {
     "bilevel": bilevel,
     "tokens": tokens,
     "features": features,
+    "genes": genes,
     "thinning": thinning,
     "none": nothing,
 }
+
+WHOLE_FIELD = ("genes",)
+"""Corruptions that act on a FOV as a whole: a gene that some of its cells show is not hidden in the others."""
+
+
+def corrupt(
+    names: Sequence[str],
+    counts: SparseCounts,
+    measured: Tensor | None,
+    gene_share: Tensor,
+    rates: MaskingRates,
+    generator: torch.Generator,
+) -> Corrupted:
+    """Corrupt a FOV in one of several ways: each cell draws its own, or the whole FOV one of :data:`WHOLE_FIELD`.
+
+    Parameters
+    ----------
+    names
+        Names in :data:`CORRUPTIONS`, drawn with the same probability.
+    counts, measured, gene_share, rates, generator
+        As in a corruption.
+    """
+    drawn = names[int(torch.randint(len(names), (), generator=generator))]
+    single = [name for name in names if name not in WHOLE_FIELD]
+    if drawn in WHOLE_FIELD or len(single) == 1:
+        return CORRUPTIONS[drawn](counts, measured, gene_share, rates, generator)
+    result = CORRUPTIONS[single[0]](counts, measured, gene_share, rates, generator)
+    choice = torch.randint(len(single), (counts.shape[0],), generator=generator)
+    for number, name in enumerate(single[1:], start=1):
+        other = CORRUPTIONS[name](counts, measured, gene_share, rates, generator)
+        result = _either(choice == number, other, result)
+    return result
+
+
+def _either(first: Tensor, one: Corrupted, other: Corrupted) -> Corrupted:
+    """Join the rows of ``one`` that are ``first`` (cells,) with those of the ``other`` that are not."""
+
+    def joined(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(first if a.ndim == 1 else first[:, None], a, b)
+
+    def joined_masks(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        if a is None and b is None:
+            return None
+        every = torch.ones_like(one.counts, dtype=torch.bool)
+        return joined(every if a is None else a, every if b is None else b)
+
+    return Corrupted(
+        counts=joined(one.counts, other.counts),
+        visible=joined_masks(one.visible, other.visible),
+        target=joined(one.target, other.target),
+        asked=joined_masks(one.asked, other.asked),
+        target_depth=joined(one.target_depth, other.target_depth),
+        measured=one.measured,
+    )

@@ -100,10 +100,11 @@ def impute(
         Train with a variational latent. Its divergence has a weight of 0.01: the latent is made from what is visible
         and judged by what is hidden, so that this is an information bottleneck and not an evidence lower bound.
     masking
-        What is hidden in training: ``"thinning"``, ``"bilevel"``, ``"tokens"``, ``"features"``, a list of which each
-        FOV draws one in each epoch, or None. ``"auto"`` is ``"thinning"``, with ``"features"`` where ``missing`` is
-        given, and ``"bilevel"`` with the Gaussian decoder. Only thinning teaches how much to trust a cell's own count;
-        without it the count is not used again after the network.
+        What is hidden in training: ``"thinning"``, ``"bilevel"``, ``"tokens"``, ``"features"`` (genes of single cells),
+        ``"genes"`` (of all cells of a FOV), a list of which each cell, and for ``"genes"`` each FOV, draws one in each
+        epoch, or None. ``"auto"`` is ``"thinning"``, with ``"features"`` or, if most is missing in whole FOVs,
+        ``"genes"`` where ``missing`` is given, and ``"bilevel"`` with the Gaussian decoder. Only thinning teaches how
+        much to trust a cell's own count; without it the count is not used again after the network.
     n_latent
         Dimensions of the latent space; 64, or 20 in the paper's preset, by default.
     max_epochs

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 from spaformer_sc.metrics import mixture_weights
-from spaformer_sc.nn.decoders import CountDecoder
+from spaformer_sc.nn.decoders import CountDecoder, full_depth
 from spaformer_sc.nn.network import Network, Tokens
 
-from .scoring import GainSum
+from .scoring import FLOOR, GainSum
 from .sequences import FieldCounts
 
 LEAST_COUNTS = 200
@@ -76,6 +78,96 @@ class HeldCounts:
             parts = decoder.mixture_parts(share, tokens.counts, tokens.visible)
             found.append(torch.stack([part[rows, cols] for part in parts]).double().cpu().numpy())
         return np.concatenate(found, axis=1)
+
+
+class HeldEntries:
+    """Held-out entries of some FOVs, with what predictions say of just these.
+
+    Parameters
+    ----------
+    fields
+        FOVs with their tokens, held-out entries hidden in them.
+    counts
+        Counts of all cells (cells, genes).
+    held
+        Which entries were held out (cells, genes).
+    gene_share
+        Mean share of each gene (genes,).
+    target_sum
+        Depth that log-normalised values are taken at.
+    """
+
+    def __init__(
+        self,
+        fields: Sequence[tuple[FieldCounts, Tokens]],
+        counts: sp.csr_matrix,
+        held: NDArray[np.bool_],
+        gene_share: NDArray[np.float32],
+        target_sum: float,
+    ) -> None:
+        self.fields = fields
+        self._target_sum = target_sum
+        self._entries: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._counts: list[torch.Tensor] = []
+        self._null: list[torch.Tensor] = []
+        values = []
+        for sequence, tokens in fields:
+            hidden = held[sequence.fov.cells]
+            rows, cols = np.nonzero(hidden & sequence.fov.own[:, None])
+            own = counts[sequence.fov.cells]
+            count = own.toarray()[rows, cols]
+            seen = hidden if sequence.measured is None else hidden | sequence.measured
+            depth = np.asarray(own.sum(axis=1)).ravel() / np.maximum(seen @ gene_share, 1e-6)
+            values.append(np.log1p(count / np.maximum(depth, 1)[rows] * target_sum))
+            self._entries.append((torch.from_numpy(rows), torch.from_numpy(cols)))
+            self._counts.append(torch.from_numpy(count))
+            self._null.append(torch.from_numpy(gene_share)[cols] * tokens.depth.cpu()[rows])
+        self.values: NDArray[np.float64] = np.concatenate(values).astype(np.float64) if values else np.zeros(0)
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are enough counts to decide by."""
+        return sum(float(count.sum()) for count in self._counts) >= LEAST_COUNTS
+
+    @torch.inference_mode()
+    def gain(self, network: Network) -> float:
+        """Poisson gain of a network over gene means at known depth, in nats per held-out transcript."""
+        gain = total = 0.0
+        for (_, tokens), (rows, cols), count, null in zip(
+            self.fields, self._entries, self._counts, self._null, strict=True
+        ):
+            share = network.decoder.share(network(tokens).decoded)
+            expected = share * _full_depth(share, tokens)[:, None]
+            expected = torch.maximum(expected[rows, cols].cpu(), FLOOR * null)
+            ratio = torch.where(count > 0, torch.log(expected / null), 0.0)
+            gain += float((count * ratio - expected + null).sum(dtype=torch.float64))
+            total += float(count.sum(dtype=torch.float64))
+        return gain / total if total else math.nan
+
+    @torch.inference_mode()
+    def predicted(self, network: Network) -> NDArray[np.float64]:
+        """Log-normalised values of the held-out entries (entries,), as a network predicts them."""
+        found = []
+        for (_, tokens), (rows, cols) in zip(self.fields, self._entries, strict=True):
+            decoded = network(tokens).decoded
+            depth = _full_depth(network.decoder.share(decoded), tokens)
+            found.append(network.decoder.lognorm(decoded, depth, self._target_sum)[rows, cols].double().cpu().numpy())
+        return np.concatenate(found)
+
+    def weights(self, predicted: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Shares of predictions (networks, entries) in their mean that give the least squared error of the values."""
+        gram, moment = predicted @ predicted.T, predicted @ self.values
+        # Minimise over the simplex: non-negative least squares with a row that all but forces the sum to be 1.
+        scale = 1e3 * np.sqrt(np.trace(gram))
+        root = np.linalg.cholesky(gram + 1e-9 * np.trace(gram) * np.eye(len(gram)))
+        design = np.vstack([root.T, np.full(len(gram), scale)])
+        target = np.append(np.linalg.solve(root, moment), scale)
+        weights, _ = nnls(design, target)
+        return np.asarray(weights / weights.sum())
+
+
+def _full_depth(share: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    return tokens.depth if tokens.visible is None else full_depth(share, tokens.counts, tokens.visible)
 
 
 def mix_in_own_counts(network: Network, held: HeldCounts) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_geometric.utils import subgraph
 
 from spaformer_sc.data._fields import FieldOfView
-from spaformer_sc.nn.masking import CORRUPTIONS, Corrupted, MaskingRates, MaskingSchedule, SparseCounts, depth
+from spaformer_sc.nn.masking import Corrupted, MaskingRates, MaskingSchedule, SparseCounts, corrupt, depth
 from spaformer_sc.nn.network import Positions, Tokens, normalise
 
 BUFFER_BYTES = 400 * 2**20
@@ -67,7 +67,17 @@ def sequences(
     return [FieldCounts(f, counts[f.cells], None if missing is None else ~missing[f.cells]) for f in fields]
 
 
-def neighbour_values(values: Tensor, visible: Tensor | None, rings: Sequence[sp.csr_matrix]) -> tuple[Tensor, ...]:
+def stand_in(values: Tensor, visible: Tensor | None, typical: Tensor | None) -> Tensor:
+    """Put the gene's typical value (genes,) where an entry of ``values`` (cells, genes) is hidden.
+
+    A 0 would say that the gene is not expressed, which is evidence; the mean says nothing.
+    """
+    return values if visible is None or typical is None else torch.where(visible, values, typical)
+
+
+def neighbour_values(
+    values: Tensor, visible: Tensor | None, rings: Sequence[sp.csr_matrix], typical: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Mean expression over each ring of neighbours (cells, genes); hidden entries do not count in the mean.
 
     Parameters
@@ -78,13 +88,19 @@ def neighbour_values(values: Tensor, visible: Tensor | None, rings: Sequence[sp.
         Boolean (cells, genes), or None when everything is visible.
     rings
         Row-normalised averaging matrices (cells, cells).
+    typical
+        What stands for the mean of a gene that is hidden in all of a cell's neighbours (genes,); None for 0.
     """
     means = []
     for ring in rings:
         mean = ring @ values.numpy()
         if visible is not None:
             seen = ring @ visible.numpy().astype(np.float32)
-            np.divide(mean, seen, out=mean, where=seen > 1e-6)
+            shown = seen > 1e-6
+            np.divide(mean, seen, out=mean, where=shown)
+            if typical is not None:
+                has_neighbours = np.diff(ring.indptr) > 0
+                np.copyto(mean, typical.numpy(), where=~shown & has_neighbours[:, None])
         means.append(torch.from_numpy(mean))
     return tuple(means)
 
@@ -99,13 +115,14 @@ class View:
     depth: Tensor
 
 
-def view(sequence: FieldCounts, corrupted: Corrupted, gene_share: Tensor, target_sum: float) -> View:
-    """Compute depth, normalised expression and neighbour means of a corrupted FOV."""
+def view(
+    sequence: FieldCounts, corrupted: Corrupted, gene_share: Tensor, target_sum: float, typical: Tensor | None = None
+) -> View:
+    """Compute depth, normalised expression and neighbour means of a corrupted FOV; see :class:`Sampler`."""
     seen = depth(corrupted.counts, corrupted.visible, gene_share)
     values = normalise(corrupted.counts, seen, target_sum)
-    return View(
-        sequence.fov, corrupted, (values, *neighbour_values(values, corrupted.visible, sequence.fov.rings)), seen
-    )
+    around = neighbour_values(values, corrupted.visible, sequence.fov.rings, typical)
+    return View(sequence.fov, corrupted, (stand_in(values, corrupted.visible, typical), *around), seen)
 
 
 def _positions(fov: FieldOfView, rows: Tensor, needs: str, device: torch.device) -> Positions:
@@ -226,7 +243,8 @@ class Sampler:
     tokens_per_step
         Cells in a step; None for whole FOVs, one FOV a step.
     corruptions
-        Names in :data:`~spaformer_sc.nn.masking.CORRUPTIONS`; each FOV draws one of them in each epoch.
+        Names in :data:`~spaformer_sc.nn.masking.CORRUPTIONS`; drawn anew in each epoch
+        (:func:`~spaformer_sc.nn.masking.corrupt`).
     rates
         Rates of the corruptions over the training.
     gene_share
@@ -239,6 +257,8 @@ class Sampler:
         Divide a FOV into windows in place of random subsets.
     device
         Where the batches go.
+    typical
+        Values (genes,) that stand for hidden entries in the input; None for 0.
     """
 
     tokens_per_step: int | None
@@ -250,6 +270,7 @@ class Sampler:
     graph: bool
     windows: bool
     device: torch.device
+    typical: Tensor | None = None
     buffer_bytes: int = field(default=BUFFER_BYTES)
 
     def steps_per_epoch(self, data: Sequence[FieldCounts]) -> int:
@@ -302,10 +323,9 @@ class Sampler:
     ) -> Iterator[Batch]:
         pieces: list[tuple[View, Tensor]] = []
         for sequence, rate in zip(group, rates, strict=True):
-            choice = self.corruptions[int(torch.randint(len(self.corruptions), (), generator=generator))]
             measured = None if sequence.measured is None else torch.from_numpy(sequence.measured)
-            corrupted = CORRUPTIONS[choice](sequence.sparse(), measured, self.gene_share, rate, generator)
-            whole = view(sequence, corrupted, self.gene_share, self.target_sum)
+            corrupted = corrupt(self.corruptions, sequence.sparse(), measured, self.gene_share, rate, generator)
+            whole = view(sequence, corrupted, self.gene_share, self.target_sum, self.typical)
             own = torch.from_numpy(np.flatnonzero(sequence.fov.own))
             n_parts = 1 if self.tokens_per_step is None else max(1, round(len(own) / self.tokens_per_step))
             if self.windows:
@@ -335,7 +355,8 @@ class Sampler:
         counts = sequence.sparse().dense()
         seen = depth(counts, measured, self.gene_share)
         values = normalise(counts, seen, self.target_sum)
-        around = neighbour_values(values, measured, sequence.fov.rings)
+        around = neighbour_values(values, measured, sequence.fov.rings, self.typical)
+        values = stand_in(values, measured, self.typical)
         every = torch.arange(len(counts))
         return Tokens(
             values=tuple(v.to(self.device) for v in (values, *around)),

@@ -25,7 +25,8 @@ def token_components(tokens: Sequence[Tokens], dim: int, hops: int) -> list[tupl
     tokens
         Cells to compute the components from.
     dim
-        Width of a token, which the inputs share: the rings as :data:`RING_SHARES` says, the cell itself the rest.
+        Width of the widest token, which the inputs share: the rings as :data:`RING_SHARES` says, the cell itself the
+        rest.
     hops
         Number of rings.
 
@@ -35,7 +36,9 @@ def token_components(tokens: Sequence[Tokens], dim: int, hops: int) -> list[tupl
     """
     sizes = _sizes(dim, hops)
     return [
-        principal_components([(t.values[i], t.visible) for t in tokens], min(size, tokens[0].values[i].shape[1]))
+        principal_components(
+            [(t.values[i], None if i else t.visible) for t in tokens], min(size, tokens[0].values[i].shape[1])
+        )
         for i, size in enumerate(sizes)
     ]
 
@@ -60,6 +63,7 @@ def start_from_components(network: Network, components: Sequence[tuple[Tensor, T
     network.embedding.bias.zero_()
     first = 0
     for layer, size, (found, mean) in zip([network.embedding, *network.neighbours], sizes, components, strict=True):
+        found = found[:size]
         rows = slice(first, first + len(found))
         layer.weight.zero_()
         layer.weight[rows] = found.to(layer.weight)
