@@ -178,9 +178,7 @@ def test_tokens_are_those_of_prediction(shared_tissue, trained):
         sequence = sequences(loaded.fields, counts, hidden)[1]
         expected = sampler.whole(sequence)
         rings = [torch.from_numpy(ring.toarray()) for ring in sequence.fov.rings]
-        found = tokens_of(
-            expected.counts, expected, rings, sampler.gene_share, sampler.target_sum, sampler.typical
-        )
+        found = tokens_of(expected.counts, expected, rings, sampler.gene_share, sampler.target_sum, sampler.typical)
         torch.testing.assert_close(found.depth, expected.depth)
         assert len(found.values) == 3
         for ours, theirs in zip(found.values, expected.values, strict=True):
