@@ -132,7 +132,7 @@ class Settings:
         Networks trained from different seeds and averaged.
     mixing
         Weights of the networks, of the cell's own counts and of the gene means in the prediction are fitted to the
-        counts that training stops on; else networks have equal weights, and nothing is mixed in.
+        counts and entries that are held out; else networks have equal weights, and nothing is mixed in.
     model_sum
         Depth that expression is normalised to at the input; None for the median of the cells.
     training
@@ -445,8 +445,8 @@ def in_form(settings: Settings, form: str) -> Settings:
     """Settings of one network.
 
     ``plain`` is what the settings say. ``wide`` has a linear path from the token to the genes beside the encoder, and
-    half the learning rate. ``large`` is wide, with tokens of twice the size, and takes four steps, of a quarter of the
-    cells each, for every step of the others, and twice as many validations.
+    half the learning rate. ``large`` is wide, with tokens of twice the size, and takes four steps, of a quarter of
+    ``tokens_per_step`` cells each, for every step of the others, and twice as many validations.
 
     Parameters
     ----------

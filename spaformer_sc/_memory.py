@@ -11,7 +11,15 @@ PACKAGES = 900 * 2**20
 
 
 def state_memory(
-    n_cells: int, n_genes: int, n_counts: int, largest_fov: int, step: int, buffer: int, n_inputs: int, n_decoded: int
+    n_cells: int,
+    n_genes: int,
+    n_counts: int,
+    largest_fov: int,
+    step: int,
+    buffer: int,
+    n_inputs: int,
+    n_decoded: int,
+    masked: bool,
 ) -> int:
     """Log the memory that a fit will take at its peak, and warn where there is less.
 
@@ -31,6 +39,8 @@ def state_memory(
         Matrices of expression that the network reads.
     n_decoded
         Matrices of cells × genes that decoding a FOV takes at once.
+    masked
+        Whether entries are missing, so that masks of all cells and genes are kept.
 
     Returns
     -------
@@ -38,10 +48,11 @@ def state_memory(
     """
     dense = 4 * n_cells * n_genes
     views = 2 * min(buffer, dense * (2 + n_inputs)) + 4 * step * n_genes * (2 * n_decoded + n_inputs)
+    masks = n_cells * n_genes * 5 if masked else 0  # the user's, what is held out, both, and their parts by FOV
     sparse = 8 * 8 * n_counts  # value and column of the counts, their three parts, and the FOVs' share of them
     prediction = 4 * largest_fov * n_genes * (n_decoded + n_inputs)
     # While the fit is scored, predicted rates are there in single and, for one score, in double precision.
-    need = PACKAGES + sparse + dense + max(views, prediction + 2 * dense)
+    need = PACKAGES + sparse + masks + dense + max(views, prediction + 2 * dense)
     free = available_memory()
     logger.info("memory: about %d MiB at the peak, of which %d MiB for the result", need >> 20, dense >> 20)
     if free is not None and need > free + PACKAGES:

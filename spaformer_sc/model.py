@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from .training.trainer import History
 
 VALIDATION_SHARE = 0.05
-"""Share of the transcripts that decides when training stops."""
+"""Share of the transcripts that decides when training stops (where entries are missing, held-out entries do) and what
+is mixed into the prediction."""
 
 TEST_SHARE = 0.05
 """Share of the transcripts that the scores are measured on; neither training nor stopping sees them."""
@@ -286,8 +287,15 @@ class SpaFormer:
             step=min(self.settings.training.tokens_per_step or largest, n_cells),
             buffer=BUFFER_BYTES,
             n_inputs=1 + self.settings.hops,
-            n_decoded=10 if self.settings.decoder != "zinb" and self.settings.dispersion == "gene" else 14,
+            n_decoded=10 if self._decodes_little(loaded.missing is not None) else 14,
+            masked=loaded.missing is not None,
         )
+
+    def _decodes_little(self, missing: bool) -> bool:
+        """Whether the decoder gives nothing per entry but the share."""
+        s = self.settings
+        dispersed = s.dispersion != "gene" or (s.posterior and (missing or s.masking != ("thinning",)))
+        return s.decoder == "poisson" or s.decoder == "gaussian" or (s.decoder == "nb" and not dispersed)
 
     def _fit(self, loaded: Loaded, device: torch.device) -> None:
         import torch
@@ -564,36 +572,43 @@ class SpaFormer:
         import torch
 
         n_genes = 0 if output is None else len(self._shares) if genes is None else len(genes)
+        columns = slice(None) if genes is None else genes
         expression = np.zeros((n_cells, n_genes), dtype=np.float32)
         embedding = np.zeros((n_cells, self.settings.n_latent if embed else 0), dtype=np.float32)
         for sequence in data:
             tokens = sampler.whole(sequence)
             cells, weight = sequence.fov.cells, sequence.fov.weight[:, None]
             inside = np.flatnonzero(weight.ravel() > 0)
+            measured = None if sequence.measured is None else sequence.measured[inside]
+            total = np.zeros((len(inside), 1), dtype=np.float32)
+            mean = np.zeros((len(inside), n_genes), dtype=np.float32)
             with torch.inference_mode():
                 for number, network in enumerate(self._networks):
                     result = network(tokens)
                     if output is not None:
-                        block = self._scaled(network, result, tokens, output, target_sum).cpu().numpy()
-                        block = block if genes is None else block[:, genes]
-                        share = self._weights[0, number]
-                        if sequence.measured is not None:
-                            share = np.where(sequence.measured, *self._weights[:, number])[inside]
-                            share = share if genes is None else share[:, genes]
-                        expression[cells[inside]] += block[inside] * (weight[inside] * share).astype(np.float32)
+                        block = self._scaled(network, result, tokens, output, target_sum).cpu().numpy()[inside]
+                        share, where_missing = self._weights[:, number].astype(np.float32)
+                        if measured is not None:
+                            block *= np.where(measured, share, where_missing)
+                            total += block.sum(axis=1, keepdims=True)
+                        else:
+                            block *= share
+                        mean += block[:, columns]
                     if embed and number == 0:
                         embedding[cells[inside]] += result.latent.cpu().numpy()[inside] * weight[inside]
+            if output == "rate" and measured is not None:
+                # Each network's rates have this sum, but not their mean with weights that differ within a cell.
+                mean *= target_sum / total
+            expression[cells[inside]] += mean * weight[inside]
         return Prediction(expression, embedding)
 
     @staticmethod
     def _scaled(network: Network, result: Output, tokens: Tokens, output: str, target_sum: float) -> torch.Tensor:
-        from .nn.decoders import full_depth
-
         decoder = network.decoder
         share = decoder.share(result.decoded)
         if output == "rate":
             return share * target_sum
-        depth = tokens.depth if tokens.visible is None else full_depth(share, tokens.counts, tokens.visible)
+        depth = tokens.full_depth(share)
         if output == "counts":
             return decoder.counts(result.decoded, depth)
         return decoder.lognorm(result.decoded, depth, target_sum)
@@ -888,6 +903,8 @@ class SpaFormer:
             model.graph_summary = description["graph_summary"]
             model._gene_share = weights.pop("gene_share").numpy()
             model._typical = weights.pop("typical").numpy()
+            if model._typical.shape != model._gene_share.shape:
+                raise ValueError("its genes and their typical values differ in number")
             names = pd.Index([str(name) for name in description["var_names"]])
             model.gene_scores = pd.DataFrame(description["gene_scores"], index=names)
             for number, form in enumerate(model._forms):

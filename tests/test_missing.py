@@ -8,6 +8,7 @@ import scipy.sparse as sp
 import torch
 
 import spaformer_sc as sf
+from spaformer_sc._config import MASKINGS
 from spaformer_sc.data._split import gene_shares, hold_out_entries, in_blocks, typical_values
 from spaformer_sc.nn.decoders import NegativeBinomialDecoder
 from spaformer_sc.nn.masking import CORRUPTIONS, MaskingRates, SparseCounts, corrupt, depth
@@ -58,6 +59,18 @@ def test_missing_genes_of_a_field_of_view_are_held_out_as_such(counts: sp.csr_ma
         np.testing.assert_array_equal(inside.any(axis=0), inside.all(axis=0))
     seen = np.stack([(~(missing | held))[fov == FOVS].any(axis=0) for fov in range(3)])
     assert seen.any(axis=0).all()  # every gene stays measured somewhere
+    few = hold_out_entries(visible, missing, FOVS, 0.01, np.random.default_rng(0))
+    assert len({(fov, gene) for fov in range(3) for gene in np.flatnonzero(few[fov == FOVS].any(axis=0))}) == 9
+
+
+def test_genes_that_are_measured_nowhere_are_no_pattern(counts: sp.csr_matrix) -> None:
+    missing = single(0.1)
+    missing[:, :10] = True
+    assert not in_blocks(missing, FOVS)
+    assert not in_blocks(missing, np.zeros(120, dtype=np.int64))
+    held = hold_out_entries(counts, missing, np.zeros(120, dtype=np.int64), 0.2, np.random.default_rng(0))
+    assert held[:, 10:].mean() > 0.1
+    assert not held[:, :10].any()
 
 
 def test_no_cell_loses_its_last_counts(counts: sp.csr_matrix) -> None:
@@ -121,7 +134,7 @@ def test_hidden_genes_are_hidden_in_the_whole_field_of_view(counts: sp.csr_matri
         assert bool((found.visible == found.visible[0]).all())
         assert 5 < int(found.visible[0].sum()) < 25
     assert kinds == {"thinning", "genes"}
-    assert set(CORRUPTIONS) == set(sf._config.MASKINGS)
+    assert set(CORRUPTIONS) == set(MASKINGS)
 
 
 # --- what stands in their place ---------------------------------------------------------------------------------------
@@ -226,6 +239,11 @@ def test_missing_entries_have_weights_of_their_own(with_hidden, hidden_tissue) -
         model._weights = before
     expected = np.where(missing, 0.2 * parts[0] + 0.8 * parts[1], 0.9 * parts[0] + 0.1 * parts[1])
     np.testing.assert_allclose(mixed, expected, atol=1e-5)
+    rates = model.impute(hidden_tissue, output="rate", target_sum=7.0)
+    np.testing.assert_allclose(rates.sum(axis=1), 7, rtol=1e-5)
+    some = model.impute(hidden_tissue, output="rate", target_sum=7.0, genes=["EPCAM", "VIM"])
+    columns = hidden_tissue.var_names.get_indexer(["EPCAM", "VIM"])
+    np.testing.assert_allclose(some, rates[:, columns], rtol=1e-5)
 
 
 def test_missing_entries_are_predicted_better_than_by_gene_means(with_hidden, hidden_tissue) -> None:

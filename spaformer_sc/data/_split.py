@@ -8,6 +8,9 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+LEAST_BLOCKS = 30
+"""Genes hidden in a FOV that are enough to decide by."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -50,8 +53,9 @@ def hold_out_entries(
 ) -> NDArray[np.bool_]:
     """Hide a share of the measured entries, in the way of those that are missing.
 
-    Where most of what is missing is genes missing in a whole FOV, these are whole FOVs of a gene, of genes that stay
-    measured in another one; otherwise single entries.
+    Where most of what is missing is genes missing in a whole FOV (:func:`in_blocks`), these are whole FOVs of a gene,
+    of genes that stay measured in another one: at least :data:`LEAST_BLOCKS`, if that is at most a quarter of those
+    that there are. Otherwise they are single entries.
 
     Parameters
     ----------
@@ -72,9 +76,12 @@ def hold_out_entries(
     """
     if in_blocks(missing, fovs):
         measured = ~_whole_blocks(missing, fovs)
-        blocks = measured & (rng.random(measured.shape) < share)
+        eligible = measured.copy()
         stays = np.where(measured, rng.random(measured.shape), -1).argmax(axis=0)
-        blocks[stays, np.arange(len(stays))] = False
+        eligible[stays, np.arange(len(stays))] = False
+        n_held = min(max(round(share * measured.sum()), LEAST_BLOCKS), eligible.sum() // 4)
+        blocks = np.zeros(measured.shape, dtype=bool)
+        blocks.ravel()[rng.choice(np.flatnonzero(eligible), size=n_held, replace=False)] = True
         held = blocks[fovs] & ~missing
     else:
         held = (rng.random(missing.shape, dtype=np.float32) < share) & ~missing
@@ -83,9 +90,13 @@ def hold_out_entries(
 
 
 def in_blocks(missing: NDArray[np.bool_], fovs: NDArray[np.int64]) -> bool:
-    """Whether most of the ``missing`` entries (cells, genes) are genes missing in a whole FOV."""
-    sizes = np.bincount(fovs)
-    return 2 * int(sizes @ _whole_blocks(missing, fovs).sum(axis=1)) > int(missing.sum())
+    """Whether most of the ``missing`` entries (cells, genes) are genes missing in whole FOVs, measured in others.
+
+    Genes measured nowhere do not count: nothing can be learnt of them.
+    """
+    somewhere = ~missing.all(axis=0)
+    blocks = _whole_blocks(missing, fovs)[:, somewhere]
+    return 2 * int(np.bincount(fovs) @ blocks.sum(axis=1)) > int(missing.sum(axis=0)[somewhere].sum())
 
 
 def _whole_blocks(missing: NDArray[np.bool_], fovs: NDArray[np.int64]) -> NDArray[np.bool_]:

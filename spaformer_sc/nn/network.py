@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .decoders import DECODERS, Decoded, Decoder
+from .decoders import DECODERS, Decoded, Decoder, full_depth
 from .encoder import Encoder
 from .seeding import seeded
 
@@ -116,6 +116,10 @@ class Tokens:
     positions: Sequence[Positions] | None = None
     edge_index: Tensor | None = None
     fovs: Sequence[str] = ()
+
+    def full_depth(self, share: Tensor) -> Tensor:
+        """Depth over all genes (tokens,), where the genes have these shares (tokens, genes) in a cell's transcripts."""
+        return self.depth if self.visible is None else full_depth(share, self.counts, self.visible)
 
 
 @dataclass

@@ -109,7 +109,7 @@ def impute(
         Dimensions of the latent space; 64, or 20 in the paper's preset, by default.
     max_epochs
         Passes over all cells; by default as many as 2000 training steps take, or fewer for networks after the second.
-        Training stops earlier when the score on held-out counts no longer improves.
+        Training stops earlier when the score on what is held out no longer improves.
     settings
         Every other choice by name, for method work: a dictionary with entries such as ``{"hops": 0, "dropout": 0.1,
         "windows": True}``; ``docs/settings.md`` lists them.

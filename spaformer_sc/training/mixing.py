@@ -1,4 +1,4 @@
-"""Mixtures of predictions, weighted by held-out counts (stacked generalisation: Wolpert 1992, Neural Networks 5)."""
+"""Mixtures of predictions, weighted by what is held out (stacked generalisation: Wolpert 1992, Neural Networks 5)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from spaformer_sc.metrics import mixture_weights
-from spaformer_sc.nn.decoders import CountDecoder, full_depth
+from spaformer_sc.nn.decoders import CountDecoder
 from spaformer_sc.nn.network import Network, Tokens
 
 from .scoring import FLOOR, GainSum
@@ -107,6 +107,7 @@ class HeldEntries:
     ) -> None:
         self.fields = fields
         self._target_sum = target_sum
+        self._gene_share = torch.from_numpy(gene_share)
         self._entries: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._counts: list[torch.Tensor] = []
         self._null: list[torch.Tensor] = []
@@ -118,10 +119,10 @@ class HeldEntries:
             count = own.toarray()[rows, cols]
             seen = hidden if sequence.measured is None else hidden | sequence.measured
             depth = np.asarray(own.sum(axis=1)).ravel() / np.maximum(seen @ gene_share, 1e-6)
-            values.append(np.log1p(count / np.maximum(depth, 1)[rows] * target_sum))
+            values.append(np.log1p(count / depth[rows] * target_sum))
             self._entries.append((torch.from_numpy(rows), torch.from_numpy(cols)))
             self._counts.append(torch.from_numpy(count))
-            self._null.append(torch.from_numpy(gene_share)[cols] * tokens.depth.cpu()[rows])
+            self._null.append(self._gene_share[cols] * tokens.depth.cpu()[rows])
         self.values: NDArray[np.float64] = np.concatenate(values).astype(np.float64) if values else np.zeros(0)
 
     @property
@@ -131,14 +132,15 @@ class HeldEntries:
 
     @torch.inference_mode()
     def gain(self, network: Network) -> float:
-        """Poisson gain of a network over gene means at known depth, in nats per held-out transcript."""
+        """Poisson gain of a network over gene means, each with the depth that it infers, per held-out transcript."""
         gain = total = 0.0
         for (_, tokens), (rows, cols), count, null in zip(
             self.fields, self._entries, self._counts, self._null, strict=True
         ):
             share = network.decoder.share(network(tokens).decoded)
-            expected = share * _full_depth(share, tokens)[:, None]
-            expected = torch.maximum(expected[rows, cols].cpu(), FLOOR * null)
+            # As in GainSum: a decoder that says exactly 0 can be compared too.
+            share = torch.maximum(share, FLOOR * self._gene_share.to(share))
+            expected = (share * tokens.full_depth(share)[:, None])[rows, cols].cpu()
             ratio = torch.where(count > 0, torch.log(expected / null), 0.0)
             gain += float((count * ratio - expected + null).sum(dtype=torch.float64))
             total += float(count.sum(dtype=torch.float64))
@@ -150,7 +152,7 @@ class HeldEntries:
         found = []
         for (_, tokens), (rows, cols) in zip(self.fields, self._entries, strict=True):
             decoded = network(tokens).decoded
-            depth = _full_depth(network.decoder.share(decoded), tokens)
+            depth = tokens.full_depth(network.decoder.share(decoded))
             found.append(network.decoder.lognorm(decoded, depth, self._target_sum)[rows, cols].double().cpu().numpy())
         return np.concatenate(found)
 
@@ -164,10 +166,6 @@ class HeldEntries:
         target = np.append(np.linalg.solve(root, moment), scale)
         weights, _ = nnls(design, target)
         return np.asarray(weights / weights.sum())
-
-
-def _full_depth(share: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    return tokens.depth if tokens.visible is None else full_depth(share, tokens.counts, tokens.visible)
 
 
 def mix_in_own_counts(network: Network, held: HeldCounts) -> NDArray[np.float64]:

@@ -41,7 +41,7 @@ class History:
     loss
         Mean training loss since the validation before.
     validation
-        Score on held-out counts; larger is better.
+        Score on what is held out; larger is better.
     """
 
     step: list[int] = field(default_factory=list)
@@ -195,7 +195,7 @@ def train(
     seed: int,
     progress: Callable[[int, int, float], None],
 ) -> tuple[Network, History]:
-    """Train a network and return the best weights seen on held-out counts.
+    """Train a network and return the best weights seen on what is held out.
 
     Parameters
     ----------
@@ -208,7 +208,7 @@ def train(
     config
         How to train.
     validate
-        Scores a network on held-out counts; larger is better.
+        Scores a network on what is held out; larger is better.
     seed
         Seed of corruption, sampling and dropout.
     progress
@@ -255,7 +255,7 @@ def train(
                     network.train()
                 progress(step, step if watch.stop else n_steps, watch.best_score)
                 if watch.stop:
-                    logger.info("stopped at step %d of %d: held-out counts are predicted no better", step, n_steps)
+                    logger.info("stopped at step %d of %d: what is held out is predicted no better", step, n_steps)
                     return watch.result()
             if epoch == n_epochs - 1 and watch.losses:
                 watch.check(step, float(n_epochs))
