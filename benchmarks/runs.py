@@ -43,8 +43,12 @@ def checksum(parts: Iterable[bytes]) -> str:
 
 
 def package_files() -> list[Path]:
-    """Return the source files of the package beside this folder."""
-    return sorted((Path(__file__).resolve().parent.parent / "spaformer_sc").rglob("*.py"))
+    """Return the source files of the package beside this folder that decide what is predicted."""
+    package = Path(__file__).resolve().parent.parent / "spaformer_sc"
+    folders = [package / name for name in ("data", "metrics", "nn", "positional", "training")]
+    found = {package / "model.py", package / "_config.py", package / "_checks.py"}
+    found |= {file for folder in folders for file in folder.rglob("*.py")}
+    return sorted(found - {package / "training" / name for name in ("progress.py", "scoring.py")})
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
