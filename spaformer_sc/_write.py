@@ -52,7 +52,7 @@ def write_result(
     values: dict[tuple[str, str], Any] = {
         ("layers", keys.layer): expression,
         ("obsm", keys.embedding): embedding,
-        **{("var", keys.var(score)): gene_scores[score].to_numpy() for score in gene_scores},
+        **{("var", keys.var(score)): _plain(gene_scores[score]) for score in gene_scores},
         ("uns", keys.uns): record,
     }
     before = {(attribute, key): getattr(adata, attribute).get(key) for attribute, key in values}
@@ -74,6 +74,11 @@ def write_result(
     for score in gene_scores:
         logger.info("added %r (adata.var)", keys.var(score))
     logger.info("added %r: params, history, scores (adata.uns)", keys.uns)
+
+
+def _plain(column: pd.Series) -> Any:
+    """Values of a column without its index: an array, or a categorical."""
+    return column.array if isinstance(column.dtype, pd.CategoricalDtype) else column.to_numpy()
 
 
 def check_path(name: str, path: str | os.PathLike[str]) -> Path:

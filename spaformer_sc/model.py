@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from .data._fields import FieldOfView
+    from .data._split import HeldOut
     from .nn.network import Network, NetworkConfig, Output, Tokens
     from .positional import CombinedEncodings
     from .training.mixing import HeldCounts, HeldEntries
@@ -349,7 +350,7 @@ class SpaFormer:
         }
         del held, entries
         validated.clear()
-        self._score(sequences(loaded.fields, split.train, loaded.missing), sampler, split.train, split.test, loaded)
+        self._score(sampler, split, loaded)
 
     def _train_networks(
         self,
@@ -433,19 +434,23 @@ class SpaFormer:
             "weight_where_missing": self._weights[1].tolist(),
         }
 
-    def _score(
-        self,
-        data: list[FieldCounts],
-        sampler: Sampler,
-        train: sp.csr_matrix,
-        test: sp.csr_matrix,
-        loaded: Loaded,
-    ) -> None:
+    def _score(self, sampler: Sampler, split: HeldOut, loaded: Loaded) -> None:
         """Score the rates predicted from the training part on the test part, overall and per gene."""
-        from .training.scoring import held_out_scores
+        from .training.reliability import neighbour_rates
+        from .training.scoring import held_out_scores, scores_of_neighbours
+        from .training.sequences import sequences
 
-        rates = self._predict(data, sampler, train.shape[0], output="rate", target_sum=1.0, genes=None, embed=False)
-        self.scores, self.gene_scores = held_out_scores(test, rates.expression, train, loaded.missing)
+        train, missing = split.train, loaded.missing
+        data = sequences(loaded.fields, train, missing)
+        n_cells = train.shape[0]
+        rates = self._predict(data, sampler, n_cells, output="rate", target_sum=1.0, genes=None, embed=False).expression
+        rng = np.random.default_rng(derived_seed(self.random_state, "groups of cells"))
+        self.scores, self.gene_scores = held_out_scores(split.test, rates, train, missing, rng)
+        del rates
+        around = neighbour_rates(loaded.fields, train, split.validation, missing, self._shares)
+        overall, per_gene = scores_of_neighbours(split.test, around, train, missing)
+        self.scores |= overall
+        self.gene_scores = self.gene_scores.join(per_gene)
 
     # --- prediction ---------------------------------------------------------------------------------------------------
 
@@ -872,6 +877,8 @@ class SpaFormer:
         ValueError
             If it is not a saved model, is damaged, or was written in another format.
         """
+        from .training.reliability import LEVELS
+
         target = resolve_device(device)
         progress = _checks.check_flag("progress", progress)
         description, weights = read_model(path)
@@ -907,6 +914,9 @@ class SpaFormer:
                 raise ValueError("its genes and their typical values differ in number")
             names = pd.Index([str(name) for name in description["var_names"]])
             model.gene_scores = pd.DataFrame(description["gene_scores"], index=names)
+            model.gene_scores["reliability"] = pd.Categorical(
+                model.gene_scores["reliability"], categories=list(LEVELS), ordered=True
+            )
             for number, form in enumerate(model._forms):
                 _checks.check_choice("form", form, FORMS)
                 network = model._new_network(number, form)

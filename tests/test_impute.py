@@ -20,7 +20,7 @@ from spaformer_sc.metrics import gene_pearson
 from tests.conftest import contents, plain, sha256
 
 QUICK = {"library_key": "fov", "quality": "fast", "max_epochs": 1, "progress": False}
-SCORES = ("pearson", "deviance_explained", "gain", "held_out")
+SCORES = sf.tl._impute.SCORES
 SLOTS = {"layers/spaformer", "obsm/X_spaformer", "uns/spaformer", *(f"var/spaformer_{score}" for score in SCORES)}
 FOREIGN = {  # slot: how to fill it
     "layers": lambda adata: adata.layers.update(spaformer=adata.X.copy()),

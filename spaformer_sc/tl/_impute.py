@@ -18,7 +18,19 @@ from spaformer_sc.model import SpaFormer
 if TYPE_CHECKING:
     from anndata import AnnData
 
-SCORES = ("pearson", "deviance_explained", "gain", "held_out")
+SCORES = (
+    "pearson",
+    "pearson_se",
+    "pearson_neighbours",
+    "deviance_explained",
+    "deviance_explained_se",
+    "deviance_explained_neighbours",
+    "gain",
+    "true_correlation",
+    "true_correlation_se",
+    "held_out",
+    "reliability",
+)
 
 
 def impute(
@@ -157,8 +169,21 @@ def impute(
     ``adata.var[key_added + "_deviance_explained"]``, ``adata.var[key_added + "_gain"]`` : float64 (genes)
         Share of the Poisson deviance explained, and log-likelihood gained per held-out transcript (nats), both over
         "library size times gene mean". Below 0: no better than the gene mean on the transcripts held out.
+    ``adata.var[key_added + "_pearson_neighbours"]``, ``…_deviance_explained_neighbours`` : float64 (genes)
+        The same scores of a simple baseline: the cell's own counts, those of its direct neighbours and the gene means,
+        mixed by weights fitted to other held-out transcripts. The gene mean scores 0 in both.
+    ``adata.var[key_added + "_true_correlation"]`` : float64 (genes)
+        Estimate of the correlation over cells of imputed with true relative expression, with the noise of held-out
+        counts taken out; what varies beyond Poisson noise counts as truth. NaN where nothing does.
+    ``adata.var[key_added + "_pearson_se"]``, ``…_deviance_explained_se``, ``…_true_correlation_se`` : float64 (genes)
+        Standard errors of these scores (jackknife over 20 groups of cells).
     ``adata.var[key_added + "_held_out"]`` : int64 (genes)
         Number of held-out transcripts that these scores rest on; below a few dozen they say little.
+    ``adata.var[key_added + "_reliability"]`` : categorical (genes)
+        ``"no better than baseline"``: no gain was shown, at a level of 5 %, over what the gene's own counts tell (its
+        mean, the cell's depth, and its count there), or fewer than 10 transcripts were held out; ``"reliable"``: the
+        gain lies more than 3 standard errors above 0, and the true correlation is estimated to be 0.5 or more;
+        ``"weak"``: in between. In shallow data many genes that are imputed well cannot be shown to be.
     ``adata.uns[key_added]`` : dict
         ``params``; ``history`` of the training; ``scores`` over all genes.
 
@@ -253,6 +278,14 @@ def impute(
         },
     )
     scores = model.scores
+    if not scores["better_than_baseline"]:
+        logger.warning(
+            "the imputation is no better than each gene's mean and own counts: %.4f nats gained on each held-out "
+            "transcript, with a standard error of %.4f. Do not use it. The cells may be too few, or their genes "
+            "unrelated to one another.",
+            scores["gain_over_baseline"],
+            scores["gain_over_baseline_se"],
+        )
     logger.info(
         "held-out transcripts: %.3f nats gained on each over gene means; median correlation per gene %.3f, with single "
         "transcripts, whose noise keeps it low",

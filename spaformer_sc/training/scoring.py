@@ -17,6 +17,10 @@ from spaformer_sc.metrics import (
     poisson_gain_per_gene,
 )
 
+from .reliability import LEVELS, reliability
+
+NUMBERS = ("pearson", "deviance_explained", "gain", "true_correlation")
+ERRORS = ("pearson_se", "deviance_explained_se", "true_correlation_se")
 FLOOR = 0.01
 """Smallest predicted share of a gene in the stopping score, relative to the gene's mean share."""
 
@@ -77,7 +81,11 @@ class GainSum:
 
 
 def held_out_scores(
-    held: sp.csr_matrix, rates: NDArray[np.float32], train: sp.csr_matrix, missing: NDArray[np.bool_] | None
+    held: sp.csr_matrix,
+    rates: NDArray[np.float32],
+    train: sp.csr_matrix,
+    missing: NDArray[np.bool_] | None,
+    rng: np.random.Generator,
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """Score predicted rates on held-out counts, over all genes and per gene.
 
@@ -91,26 +99,33 @@ def held_out_scores(
         Counts that the prediction was made from (cells, genes).
     missing
         Which entries were not measured (cells, genes), or None; they are not scored.
+    rng
+        Draws the groups of cells that standard errors are estimated with.
 
     Returns
     -------
-    Overall scores ``gain`` (nats per held-out transcript over gene means), ``deviance_explained`` and
-    ``median_pearson`` (over genes); and a data frame with ``pearson``, ``deviance_explained``, ``gain`` and
-    ``held_out`` (transcripts) per gene.
+    Overall scores ``gain`` (nats per held-out transcript over gene means), ``deviance_explained``, ``median_pearson``
+    (over genes), ``gain_over_baseline`` with its standard error, and whether it lies two of these above 0; and a data
+    frame with ``pearson``, ``deviance_explained``, ``gain``, ``held_out`` (transcripts) and what
+    :func:`.reliability.reliability` says of each gene.
     """
     measured = None if missing is None else ~missing
     held_out = np.asarray(held.sum(axis=0)).ravel().astype(np.int64)
+    overall_names = ("gain", "deviance_explained", "median_pearson", "gain_over_baseline", "gain_over_baseline_se")
     if not held.nnz or not train.nnz:
-        unknown = dict.fromkeys(("pearson", "deviance_explained", "gain"), math.nan)
-        return {"gain": math.nan, "deviance_explained": math.nan, "median_pearson": math.nan}, pd.DataFrame(
-            {**unknown, "held_out": held_out}
-        )
+        unknown = dict.fromkeys((*NUMBERS, *ERRORS), math.nan)
+        per_gene = pd.DataFrame({**unknown, "held_out": held_out})
+        codes = np.zeros(len(held_out), dtype=np.int8)
+        per_gene["reliability"] = pd.Categorical.from_codes(codes, categories=list(LEVELS), ordered=True)
+        return {**dict.fromkeys(overall_names, math.nan), "better_than_baseline": False}, per_gene
+    judged, gain, error = reliability(held, rates, train, missing, rng)
     per_gene = pd.DataFrame(
         {
             "pearson": gene_pearson_lognorm(held, rates, measured=measured),
             "deviance_explained": deviance_explained_per_gene(held, rates, train, measured=measured),
             "gain": poisson_gain_per_gene(held, rates, train, measured=measured),
             "held_out": held_out,
+            **judged,
         }
     )
     known = per_gene["pearson"].dropna()
@@ -118,5 +133,29 @@ def held_out_scores(
         "gain": poisson_gain(held, rates, train, measured=measured),
         "deviance_explained": deviance_explained(held, rates, train, measured=measured),
         "median_pearson": float(np.median(known)) if len(known) else math.nan,
+        "gain_over_baseline": gain,
+        "gain_over_baseline_se": error,
+        "better_than_baseline": bool(gain > 2 * error),
     }
     return overall, per_gene
+
+
+def scores_of_neighbours(
+    held: sp.csr_matrix, rates: NDArray[np.float32], train: sp.csr_matrix, missing: NDArray[np.bool_] | None
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """Score the prediction of :func:`.reliability.neighbour_rates`; arguments as in :func:`held_out_scores`.
+
+    Returns
+    -------
+    ``gain_neighbours`` over all genes; and a data frame with ``pearson_neighbours`` and
+    ``deviance_explained_neighbours``.
+    """
+    measured = None if missing is None else ~missing
+    if not held.nnz or not train.nnz:
+        columns = dict.fromkeys(("pearson_neighbours", "deviance_explained_neighbours"), np.full(held.shape[1], np.nan))
+        return {"gain_neighbours": math.nan}, pd.DataFrame(columns)
+    per_gene = {
+        "pearson_neighbours": gene_pearson_lognorm(held, rates, measured=measured),
+        "deviance_explained_neighbours": deviance_explained_per_gene(held, rates, train, measured=measured),
+    }
+    return {"gain_neighbours": poisson_gain(held, rates, train, measured=measured)}, pd.DataFrame(per_gene)
