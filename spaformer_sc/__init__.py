@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("datasets", "metrics", "pp", "tl")
+_ROOMS = ("datasets", "metrics", "pl", "pp", "tl")
 
 if TYPE_CHECKING:
-    from . import datasets, metrics, pp, tl
+    from . import datasets, metrics, pl, pp, tl
     from .model import SpaFormer
 
-__all__ = ["SpaFormer", "__version__", "datasets", "metrics", "pp", "tl"]
+__all__ = ["SpaFormer", "__version__", "datasets", "metrics", "pl", "pp", "tl"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,7 @@
+"""Plots of a result: in space, of what can be believed, and of the training."""
+
+from __future__ import annotations
+
+from ._plots import history, imputed, reliability
+
+__all__ = ["history", "imputed", "reliability"]

@@ -1,0 +1,220 @@
+"""Plots. All draw with matplotlib, those in space through squidpy, and give back their axes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from spaformer_sc import _checks
+from spaformer_sc._keys import Keys
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+COLOURS = {"reliable": "#2a7f62", "weak": "#d9a441", "no better than baseline": "#9a9a9a"}
+
+
+def imputed(
+    adata: AnnData,
+    genes: str | Sequence[str],
+    *,
+    key_added: str = "spaformer",
+    fov: str | None = None,
+    size: float | None = None,
+    cmap: str = "viridis",
+) -> NDArray[Any]:
+    """Draw observed and imputed expression of genes side by side in space.
+
+    The observed counts are those that were imputed from, log-normalised to the scale of the imputed layer, if that is
+    ``"lognorm"``; else counts, or rates. The title of the imputed panel has the verdict of the gene.
+
+    Parameters
+    ----------
+    adata
+        Result of :func:`spaformer_sc.tl.impute`; not changed.
+    genes
+        One name or several, a row of panels each.
+    key_added
+        Name of the result.
+    fov
+        Draw this field of view only, by its name in ``adata.obs``; all cells by default.
+    size
+        Area of a point, in points²; by default so that cells fill the panel.
+    cmap
+        Colour map.
+
+    Returns
+    -------
+    Axes (genes × 2).
+
+    Raises
+    ------
+    KeyError
+        If there is no result of this name, or no such gene or field of view.
+    ValueError
+        If the field of view is asked for where the result knows of none.
+
+    Examples
+    --------
+    >>> sf.pl.imputed(adata, ["EPCAM", "VIM"])
+    """
+    import matplotlib.pyplot as plt
+    import squidpy as sq
+    from anndata import AnnData
+
+    keys = Keys(key_added)
+    params = _record(adata, key_added)["params"]
+    names = [genes] if isinstance(genes, str) else list(genes)
+    columns = _checks.check_genes(adata, names)
+    cells = _cells_of(adata, params, fov)
+    counts = adata.X if params["layer"] is None else adata.layers[params["layer"]]
+    observed = _scaled(counts, cells, columns, params["output"], float(params["target_sum"]))
+    prediction = np.asarray(adata.layers[keys.layer][cells][:, columns])
+    shown = AnnData(observed, var={"gene": names})
+    shown.var_names = names
+    shown.layers["imputed"] = prediction
+    shown.obs["part"] = pd.Categorical(["all"] * len(cells))  # squidpy warns where it is not told of one
+    shown.obsm["spatial"] = np.asarray(adata.obsm[params["spatial_key"]])[cells][:, :2]
+    size = float(np.clip(60000 / len(cells), 2, 60)) if size is None else size
+    figure, axes = plt.subplots(len(names), 2, figsize=(9, 3.8 * len(names)), squeeze=False, layout="constrained")
+    verdicts = adata.var[keys.var("reliability")]
+    for row, gene, column in zip(axes, names, columns, strict=True):
+        zeros = np.mean(observed[:, names.index(gene)] == 0)
+        titles = f"{gene}: observed ({zeros:.0%} zeros)", f"imputed, {params['output']} ({verdicts.iloc[column]})"
+        for ax, layer, title in zip(row, (None, "imputed"), titles, strict=True):
+            values = (observed if layer is None else prediction)[:, names.index(gene)]
+            top = max(float(np.nanquantile(values, 0.995)), 1e-9)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PendingDeprecationWarning)  # of matplotlib, for squidpy
+                sq.pl.spatial_scatter(
+                    shown, color=gene, layer=layer, shape=None, library_key="part", size=size, cmap=cmap,
+                    vmin=0, vmax=top, title=title, ax=ax, fig=figure, frameon=False,
+                )  # fmt: skip
+    return np.asarray(axes)
+
+
+def reliability(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = None) -> Axes:
+    """Draw what can be believed: each gene's estimated correlation with the truth against its held-out transcripts.
+
+    Colours are the verdicts (:func:`spaformer_sc.tl.impute`), bars one standard error.
+
+    Parameters
+    ----------
+    adata
+        Result of :func:`spaformer_sc.tl.impute`; not changed.
+    key_added
+        Name of the result.
+    ax
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    The axes.
+
+    Raises
+    ------
+    KeyError
+        If there is no result of this name.
+    """
+    import matplotlib.pyplot as plt
+
+    _record(adata, key_added)
+    keys = Keys(key_added)
+    held, value, error, verdict = (
+        adata.var[keys.var(name)]
+        for name in ("held_out", "true_correlation", "true_correlation_se", "reliability")
+    )  # fmt: skip
+    ax = plt.subplots(figsize=(6, 4), layout="constrained")[1] if ax is None else ax
+    for name, colour in COLOURS.items():
+        of = (verdict == name) & value.notna() & (held > 0)
+        ax.errorbar(
+            held[of], value[of], error[of].fillna(0), fmt="o", color=colour, ecolor=colour, markersize=3,
+            elinewidth=0.4, alpha=0.7, label=f"{name}: {int((verdict == name).sum())} genes",
+        )  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_ylim(-0.3, 1.05)
+    ax.axhline(0, color="0.6", linewidth=0.8)
+    ax.set_xlabel("held-out transcripts of the gene")
+    ax.set_ylabel("estimated correlation with the truth")
+    ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
+def history(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = None) -> Axes:
+    """Draw the score on what was held out over the steps of training, a line for each network.
+
+    Parameters
+    ----------
+    adata
+        Result of :func:`spaformer_sc.tl.impute`; not changed.
+    key_added
+        Name of the result.
+    ax
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    The axes.
+
+    Raises
+    ------
+    KeyError
+        If there is no result of this name.
+    """
+    import matplotlib.pyplot as plt
+
+    record = _record(adata, key_added)
+    course = {name: np.asarray(values, dtype=float) for name, values in record["history"].items()}
+    networks = record["params"]["networks"]
+    ax = plt.subplots(figsize=(6, 4), layout="constrained")[1] if ax is None else ax
+    for number, (form, weight) in enumerate(zip(networks["form"], networks["weight"], strict=True)):
+        of = course["network"] == number
+        step, score = course["step"][of], course["validation"][of]
+        (line,) = ax.plot(step, score, label=f"{number + 1}: {form}, weight {weight:.2f}")
+        if np.isfinite(score).any():
+            best = int(np.nanargmax(score))
+            ax.plot(step[best], score[best], "o", color=line.get_color(), markersize=5)
+    ax.set_xlabel("step")
+    ax.set_ylabel("held out: nats per transcript over gene means")
+    ax.legend(title="network", fontsize=8, frameon=False)
+    return ax
+
+
+def _record(adata: AnnData, key_added: str) -> dict[str, Any]:
+    if Keys(key_added).uns not in adata.uns:
+        raise KeyError(f"`key_added={key_added!r}`: there is no such result in adata.uns; run `sf.tl.impute` first.")
+    return dict(adata.uns[Keys(key_added).uns])
+
+
+def _cells_of(adata: AnnData, params: dict[str, Any], fov: str | None) -> NDArray[np.int64]:
+    from spaformer_sc.data._labels import field_codes
+
+    if fov is None:
+        return np.arange(adata.n_obs)
+    key = params["library_key"]
+    if key is None:
+        raise ValueError(f"`fov={fov!r}`: the result has no fields of view; it was made without `library_key`.")
+    codes, names = field_codes(adata.obs, key if isinstance(key, str) else list(key))
+    if str(fov) not in names:
+        raise KeyError(f"`fov={fov!r}` is none of the fields of view: {', '.join(names[:10])}.")
+    return np.flatnonzero(codes == names.index(str(fov)))
+
+
+def _scaled(
+    counts: Any, cells: NDArray[np.int64], columns: NDArray[np.int64], output: str, target_sum: float
+) -> NDArray[np.float32]:
+    """Counts of some cells and genes in the scale of the imputed layer."""
+    chosen = counts[cells][:, columns]
+    values = np.asarray(chosen.toarray() if sp.issparse(chosen) else chosen, dtype=np.float32)
+    if output == "counts":
+        return values
+    library = np.asarray(counts[cells].sum(axis=1), dtype=np.float32).reshape(-1, 1)
+    rates = values * (target_sum / np.maximum(library, 1))
+    return np.asarray(np.log1p(rates) if output == "lognorm" else rates, dtype=np.float32)
