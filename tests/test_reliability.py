@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 import spaformer_sc as sf
 from spaformer_sc import metrics
+from spaformer_sc.data._split import gene_shares
 from spaformer_sc.training.reliability import (
     LEVELS,
     N_GROUPS,
@@ -120,6 +121,42 @@ def test_planted_genes_are_reliable_and_those_with_counts_of_their_own_alone_are
     assert gain < 2 * error
     whole = sums_of(split.held, mean, split.train, None, np.zeros(N, int)).total()
     assert float(overall_gain(whole)) == pytest.approx(gain)
+
+
+@pytest.mark.parametrize(("depth", "spread"), [(40, 0.25), (100, 0.4)])
+def test_shallow_cells_do_not_look_more_alike(depth: int, spread: float) -> None:
+    rng = np.random.default_rng(0)
+    truth, other = (rng.lognormal(0, spread, (4000, 40)) for _ in range(2))
+    guess = truth * other
+    truth, guess = (value / value.sum(1, keepdims=True) for value in (truth, guess))
+    split = metrics.thin(sp.csr_matrix(rng.poisson(truth * depth).astype(np.float32)), 0.9, random_state=0)
+    judged, _, _ = reliability(split.held, guess.astype(np.float32), split.train, None, rng)
+    expected = np.median(metrics.gene_pearson(truth, guess))
+    assert judged["true_correlation"].median() == pytest.approx(expected, abs=0.12)
+
+
+def test_other_panels_do_not_look_like_a_gain() -> None:
+    rng = np.random.default_rng(0)
+    mean = rng.gamma(1, 1, G)
+    counts = rng.poisson(np.outer(rng.lognormal(4, 0.4, N), mean / mean.sum())).astype(np.float32)
+    measured = np.ones((N, G), dtype=bool)
+    measured[N // 2 :, : G // 3] = False
+    split = metrics.thin(sp.csr_matrix(counts * measured), 0.9, random_state=0)
+    share = gene_shares(split.train, ~measured)
+    judged, gain, error = reliability(split.held, np.tile(share, (N, 1)), split.train, ~measured, rng)
+    assert (judged["reliability"] == "reliable").sum() == 0
+    assert (judged["reliability"] == LEVELS[0]).mean() > 0.9
+    assert gain < 2 * error
+
+
+def test_too_few_cells_say_nothing(drawn) -> None:
+    share, counts = drawn
+    split = metrics.thin(counts[:15], 0.9, random_state=0)
+    judged, _, error = reliability(
+        split.held, share[:15].astype(np.float32), split.train, None, np.random.default_rng(0)
+    )
+    assert (judged["reliability"] == LEVELS[0]).all()
+    assert np.isnan(error)
 
 
 def test_neighbours_tell_of_a_cell(shared_tissue) -> None:

@@ -32,8 +32,8 @@ def imputed(
 ) -> NDArray[Any]:
     """Draw observed and imputed expression of genes side by side in space.
 
-    The observed counts are those that were imputed from, log-normalised to the scale of the imputed layer, if that is
-    ``"lognorm"``; else counts, or rates. The title of the imputed panel has the verdict of the gene.
+    The observed counts are those that were imputed from, in the scale of the imputed layer; what was not measured is
+    left out. The title of the imputed panel has the verdict of the gene.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def imputed(
     KeyError
         If there is no result of this name, or no such gene or field of view.
     ValueError
-        If the field of view is asked for where the result knows of none.
+        If a gene was not imputed, or a field of view is asked for where the result knows of none.
 
     Examples
     --------
@@ -73,10 +73,15 @@ def imputed(
     params = _record(adata, key_added)["params"]
     names = [genes] if isinstance(genes, str) else list(genes)
     columns = _checks.check_genes(adata, names)
+    left_out = [] if params["genes"] == "all" else [name for name in names if name not in list(params["genes"])]
+    if left_out:
+        raise ValueError(f"`genes`: {', '.join(left_out)} were not imputed; `sf.tl.impute(genes=)` left them out.")
     cells = _cells_of(adata, params, fov)
     counts = adata.X if params["layer"] is None else adata.layers[params["layer"]]
     observed = _scaled(counts, cells, columns, params["output"], float(params["target_sum"]))
-    prediction = np.asarray(adata.layers[keys.layer][cells][:, columns])
+    prediction = np.asarray(adata.layers[keys.layer][:, columns])[cells]
+    if params["missing"] is not None:
+        observed[np.asarray(adata.layers[params["missing"]][:, columns], dtype=bool)[cells]] = np.nan
     shown = AnnData(observed, var={"gene": names})
     shown.var_names = names
     shown.layers["imputed"] = prediction
@@ -86,7 +91,7 @@ def imputed(
     figure, axes = plt.subplots(len(names), 2, figsize=(9, 3.8 * len(names)), squeeze=False, layout="constrained")
     verdicts = adata.var[keys.var("reliability")]
     for row, gene, column in zip(axes, names, columns, strict=True):
-        zeros = np.mean(observed[:, names.index(gene)] == 0)
+        zeros = np.mean(observed[np.isfinite(observed[:, names.index(gene)]), names.index(gene)] == 0)
         titles = f"{gene}: observed ({zeros:.0%} zeros)", f"imputed, {params['output']} ({verdicts.iloc[column]})"
         for ax, layer, title in zip(row, (None, "imputed"), titles, strict=True):
             values = (observed if layer is None else prediction)[:, names.index(gene)]

@@ -278,7 +278,9 @@ def impute(
         },
     )
     scores = model.scores
-    if not scores["better_than_baseline"]:
+    if np.isnan(scores["gain_over_baseline_se"]):
+        logger.warning("too few transcripts or cells to hold some out: nothing can be said of how good the result is.")
+    elif not scores["better_than_baseline"]:
         logger.warning(
             "the imputation is no better than each gene's mean and own counts: %.4f nats gained on each held-out "
             "transcript, with a standard error of %.4f. Do not use it. The cells may be too few, or their genes "

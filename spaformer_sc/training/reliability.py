@@ -7,8 +7,8 @@ Poisson noise, one part of a cell's transcripts tells of the other, in a gene wh
 well as in any other. The baseline therefore expects :math:`m_{ig} = a_g D_i^{\beta_g - 1}` of the transcripts of a
 cell of depth :math:`D_i` to be of the gene, with an exponent for each gene, and has seen its count :math:`y_{ig}`: the
 mean of the posterior, :math:`m (1 + v y) / (1 + v D m)`, where :math:`v_g` is the variance of the relative expression
-of the gene (Huang et al. 2018, SAVER, Nature Methods 15:539, with the gene's own mean as prior); or just :math:`m`,
-where that predicts the held-out counts better.
+of the gene (Huang et al. 2018, SAVER, Nature Methods 15:539, with the gene's own mean as prior); or just :math:`m`
+or the plain gene mean, where that predicts the held-out counts better.
 
 Standard errors are those of the delete-a-group jackknife over groups of cells drawn at random (Kott 2001, Journal of
 Official Statistics 17:521): all scores are functions of sums over cells, so that leaving a group out costs nothing.
@@ -25,6 +25,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from spaformer_sc.data._fields import FieldOfView
+from spaformer_sc.data._split import gene_shares
 from spaformer_sc.metrics import mixture_weights
 from spaformer_sc.metrics._protocols import row_blocks
 
@@ -75,7 +76,7 @@ class Sums:
         }
 
 
-def depth_exponents(counts: sp.csr_matrix, depth: FloatArray) -> FloatArray:
+def depth_exponents(counts: sp.csr_matrix, depth: FloatArray, measured: NDArray[np.bool_] | None = None) -> FloatArray:
     r"""Exponent of the depth that each gene's counts follow best.
 
     The one of :math:`\sum_i [y_{ig} \beta \log D_i] - y_g \log \sum_i D_i^\beta` (Poisson counts of mean
@@ -87,7 +88,9 @@ def depth_exponents(counts: sp.csr_matrix, depth: FloatArray) -> FloatArray:
     counts
         Counts (cells, genes).
     depth
-        Depth of each cell (cells,); cells of depth 0 are left out.
+        Depth of each cell over all genes (cells,); cells of depth 0 are left out.
+    measured
+        Which entries were measured (cells, genes), or None.
 
     Returns
     -------
@@ -98,9 +101,9 @@ def depth_exponents(counts: sp.csr_matrix, depth: FloatArray) -> FloatArray:
     parts = np.array_split(order, min(_N_BINS, len(order)))
     log_depth = np.log([depth[part].mean() for part in parts])
     binned = np.stack([np.asarray(counts[part].sum(axis=0), dtype=np.float64).ravel() for part in parts])
-    sizes = np.array([len(part) for part in parts])
-    normal = np.log(np.exp(np.outer(_EXPONENTS, log_depth)) @ sizes)
-    likelihood = _EXPONENTS[:, None] * (log_depth @ binned) - normal[:, None] * binned.sum(axis=0)
+    sizes = np.stack([[len(part)] if measured is None else measured[part].sum(axis=0) for part in parts])
+    normal = np.log(np.maximum(np.exp(np.outer(_EXPONENTS, log_depth)) @ sizes, 1e-300))
+    likelihood = _EXPONENTS[:, None] * (log_depth @ binned) - normal * binned.sum(axis=0)
     best = (likelihood - 2 * np.square(_EXPONENTS - 1)[:, None]).argmax(axis=0)
     return np.asarray(_EXPONENTS[best])
 
@@ -132,8 +135,12 @@ def sums_of(
     n_groups, n_genes = int(groups.max()) + 1, held.shape[1]
     depth = np.asarray(train.sum(axis=1), dtype=np.float64).ravel()
     ratio = max(held[depth > 0].sum(dtype=np.float64) / depth.sum(), 1e-100)
-    exponent = depth_exponents(train, depth)
-    log_depth = np.log(np.maximum(depth, 1e-300))
+    # Depth over all genes: that of cells with other panels is compared, not that of their measured genes.
+    full = depth
+    if measured is not None:
+        full = depth / np.maximum(measured @ gene_shares(train, ~measured), 1e-6)
+    exponent = depth_exponents(train, full, measured)
+    log_depth = np.log(np.maximum(full, 1e-300))
     exposure, powers = np.zeros(n_genes), np.zeros(n_genes)
     for rows in row_blocks(held.shape):
         power = np.exp(np.outer(log_depth[rows], exponent))
@@ -143,7 +150,7 @@ def sums_of(
     total = np.asarray(train.sum(axis=0), dtype=np.float64).ravel()
     mean, level = total / np.maximum(exposure, 1e-300), total / np.maximum(powers, 1e-300)
 
-    variance = _relative_variance(train, depth, level, exponent, measured)
+    variance = _relative_variance(train, log_depth, level, exponent, measured)
     library = np.asarray(held.sum(axis=1), dtype=np.float64).ravel()
     target_sum = float(np.median(library[library > 0]))
     found = {name: np.zeros((n_groups, n_genes)) for name in Sums.__dataclass_fields__}
@@ -166,7 +173,7 @@ def sums_of(
         guess = np.log1p(share * target_sum) * in_held
         share = _shares(np.where(seen, np.maximum(share, _FLOOR), 0.0))
         null = _shares(np.maximum(mean, _FLOOR) * seen)
-        prior = np.maximum(level * np.exp((exponent - 1) * np.log(d)), _FLOOR)
+        prior = np.maximum(level * np.exp(log_depth[rows][:, None] * exponent) / d, _FLOOR)
         posterior = prior * (1 + variance * train[rows].toarray()) / (1 + variance * d * prior)
         x, y = held[rows].tocoo(), train[rows].tocoo()
         x = sp.coo_matrix((x.data.astype(np.float64) * scored[x.row], (x.row, x.col)), x.shape)
@@ -197,18 +204,21 @@ def sums_of(
         add_entries("truth", x, truth, rows)
         add_entries("truth_square", x, truth**2, rows)
         add_entries("product", x, truth * guess[at], rows)
-        add_entries("seen_square", y, _pairs(y) / (d[y.row, 0] * prior[own]), rows)
+        add_entries("seen_square", y, _pairs(y, d[y.row, 0]) / (d[y.row, 0] * prior[own]), rows)
     return Sums(**found)
 
 
-def _pairs(counts: sp.coo_matrix) -> FloatArray:
-    """Square of each count, less what Poisson noise adds to it on average."""
-    return np.asarray(counts.data.astype(np.float64) * (counts.data - 1))
+def _pairs(counts: sp.coo_matrix, depth: FloatArray) -> FloatArray:
+    """Square of each count, less what the noise of drawing ``depth`` transcripts of a cell adds to it on average.
+
+    For counts :math:`y` of share :math:`p` among :math:`D` transcripts, :math:`E[y (y - 1)] = D (D - 1) p^2`.
+    """
+    return np.asarray(counts.data.astype(np.float64) * (counts.data - 1) * depth / np.maximum(depth - 1, 1))
 
 
 def _relative_variance(
     counts: sp.csr_matrix,
-    depth: FloatArray,
+    log_depth: FloatArray,
     level: FloatArray,
     exponent: FloatArray,
     measured: NDArray[np.bool_] | None,
@@ -216,13 +226,13 @@ def _relative_variance(
     """Variance of the relative expression of each gene beyond Poisson noise (genes,), by moments; 0 for none."""
     n_genes = counts.shape[1]
     expected, square, total = (np.zeros(n_genes) for _ in range(3))
+    library = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
     for rows in row_blocks(counts.shape):
-        d = depth[rows][:, None]
-        mean = level * np.exp(exponent * np.log(np.maximum(d, 1e-300)))
-        seen = (d > 0) & (True if measured is None else measured[rows])
+        mean = level * np.exp(exponent * log_depth[rows][:, None])
+        seen = (library[rows] > 0)[:, None] & (True if measured is None else measured[rows])
         expected += (mean * seen).sum(axis=0)
         y = counts[rows].tocoo()
-        square += np.bincount(y.col, _pairs(y) / np.maximum(mean[y.row, y.col], 1e-300), n_genes)
+        square += np.bincount(y.col, _pairs(y, library[rows][y.row]) / np.maximum(mean[y.row, y.col], 1e-300), n_genes)
         total += np.bincount(y.col, y.data, n_genes)
     expected = np.maximum(expected, 1e-300)
     return np.asarray(np.maximum(square / expected - (total / expected) ** 2, 0))
@@ -237,8 +247,8 @@ def true_correlation(sums: dict[str, FloatArray]) -> FloatArray:
 
     Held-out counts are noisy, and no prediction correlates with them as it does with the truth. Their noise is
     independent of the prediction, so that the covariance of the two is that of prediction and truth; the variance of
-    the truth is that of the counts of the fit less the Poisson noise, :math:`\sum y (y - 1)` in place of :math:`\sum
-    y^2`. What varies beyond Poisson noise counts as truth.
+    the truth is that of the counts of the fit less the noise of drawing transcripts, :math:`y (y - 1) D / (D - 1)` in
+    place of :math:`y^2`. What varies beyond that noise counts as truth.
 
     Parameters
     ----------
@@ -247,7 +257,8 @@ def true_correlation(sums: dict[str, FloatArray]) -> FloatArray:
 
     Returns
     -------
-    Correlations (genes,), from -1 to 1; NaN where counts do not vary beyond Poisson noise, or the prediction does not.
+    Correlations (genes,), by their noise also beyond 1; NaN where counts do not vary beyond noise, or the prediction
+    does not.
     """
     weight = np.maximum(sums["expected"], 1e-100)
     covariance = sums["crossed"] / weight - sums["predicted"] * sums["held_rate"] / weight**2
@@ -255,7 +266,7 @@ def true_correlation(sums: dict[str, FloatArray]) -> FloatArray:
     truth = sums["seen_square"] / weight - (sums["seen"] / weight) ** 2
     varies = (predicted > 1e-9) & (truth > 1e-9)
     root = np.sqrt(np.where(varies, predicted * truth, 1.0))
-    return np.where(varies, np.clip(covariance / root, -1, 1), np.nan)
+    return np.where(varies, covariance / root, np.nan)
 
 
 def pearson(sums: dict[str, FloatArray]) -> FloatArray:
@@ -285,13 +296,15 @@ def gain_over_baseline(sums: dict[str, FloatArray]) -> FloatArray:
 
 
 def _over_better(sums: dict[str, FloatArray]) -> FloatArray:
-    """Gain over the better of prior and posterior: the variance may have been taken from noise."""
-    return np.asarray(np.minimum(sums["gain_over_prior"], sums["gain_over_posterior"]))
+    """Gain over the best of gene mean, prior and posterior: exponent and variance may have been taken from noise."""
+    return np.asarray(np.minimum.reduce([sums[name] for name in ("gain", "gain_over_prior", "gain_over_posterior")]))
 
 
 def jackknife(sums: Sums, score: Callable[[dict[str, FloatArray]], FloatArray]) -> FloatArray:
-    """Standard error of a score (genes,); NaN where it is not known without one of the groups."""
+    """Standard error of a score (genes,); NaN where it is not known without one of the groups, or these are too few."""
     n_groups = len(sums.held)
+    if n_groups < N_GROUPS:
+        return np.full_like(score(sums.total()), np.nan)
     without = np.stack([score(sums.total(group)) for group in range(n_groups)])
     return np.asarray(np.sqrt((n_groups - 1) / n_groups * np.square(without - without.mean(axis=0)).sum(axis=0)))
 
@@ -338,7 +351,7 @@ def reliability(
         {
             "pearson_se": jackknife(sums, pearson),
             "deviance_explained_se": jackknife(sums, deviance_share),
-            "true_correlation": correlation,
+            "true_correlation": np.clip(correlation, -1, 1),
             "true_correlation_se": jackknife(sums, true_correlation),
             "reliability": pd.Categorical.from_codes(level, categories=list(LEVELS), ordered=True),
         }
