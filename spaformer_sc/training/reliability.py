@@ -41,6 +41,9 @@ CLEARLY, SURELY = 1.73, 3.0
 above that) and ``reliable``."""
 LEAST_CORRELATION = 0.5
 """Least correlation of imputed with true relative expression of a ``reliable`` gene: a quarter of its variance."""
+LEAST_DEPTH = 0.2
+"""Depth, in that of the median cell, below which a cell is left out of the correlation with the truth: where it
+has few transcripts, each makes a relative expression that outweighs all others."""
 _N_BINS = 50
 _EXPONENTS = np.arange(-0.5, 2.51, 0.05)
 _FLOOR = 1e-8
@@ -139,6 +142,7 @@ def sums_of(
     full = depth
     if measured is not None:
         full = depth / np.maximum(measured @ gene_shares(train, ~measured), 1e-6)
+    median = float(np.median(full[full > 0]))
     exponent = depth_exponents(train, full, measured)
     log_depth = np.log(np.maximum(full, 1e-300))
     exposure, powers = np.zeros(n_genes), np.zeros(n_genes)
@@ -191,12 +195,14 @@ def sums_of(
         add("null_deviance", 2 * scale * null, rows)
         log_count = np.log(np.maximum(x.data, 1) / scale[x.row, 0])
         add_entries("null_deviance", x, 2 * x.data * (log_count - log_null - 1), rows)
-        add("expected", d * prior * seen, rows)
-        add("predicted", d * share, rows)
-        add("predicted_square", d * share**2 / prior, rows)
-        add_entries("held_rate", x, x.data / ratio, rows)
-        add_entries("crossed", x, x.data / ratio * share[at] / prior[at], rows)
-        add_entries("seen", y, y.data.astype(np.float64), rows)
+        deep = (full[rows] >= LEAST_DEPTH * median)[:, None]
+        x_deep, y_deep = deep[x.row, 0], deep[y.row, 0]
+        add("expected", d * prior * (seen & deep), rows)
+        add("predicted", d * share * deep, rows)
+        add("predicted_square", d * share**2 / prior * deep, rows)
+        add_entries("held_rate", x, x.data / ratio * x_deep, rows)
+        add_entries("crossed", x, x.data / ratio * share[at] / prior[at] * x_deep, rows)
+        add_entries("seen", y, y.data.astype(np.float64) * y_deep, rows)
         truth = np.log1p(x.data * (target_sum / np.maximum(library[rows][x.row], 1)))
         add("cells", in_held.astype(np.float64), rows)
         add("guess", guess, rows)
@@ -204,7 +210,7 @@ def sums_of(
         add_entries("truth", x, truth, rows)
         add_entries("truth_square", x, truth**2, rows)
         add_entries("product", x, truth * guess[at], rows)
-        add_entries("seen_square", y, _pairs(y, d[y.row, 0]) / (d[y.row, 0] * prior[own]), rows)
+        add_entries("seen_square", y, _pairs(y, d[y.row, 0]) / (d[y.row, 0] * prior[own]) * y_deep, rows)
     return Sums(**found)
 
 
@@ -248,7 +254,8 @@ def true_correlation(sums: dict[str, FloatArray]) -> FloatArray:
     Held-out counts are noisy, and no prediction correlates with them as it does with the truth. Their noise is
     independent of the prediction, so that the covariance of the two is that of prediction and truth; the variance of
     the truth is that of the counts of the fit less the noise of drawing transcripts, :math:`y (y - 1) D / (D - 1)` in
-    place of :math:`y^2`. What varies beyond that noise counts as truth.
+    place of :math:`y^2`. What varies beyond that noise counts as truth. Cells of less than :data:`LEAST_DEPTH` of the
+    median depth are left out.
 
     Parameters
     ----------
