@@ -828,3 +828,29 @@ def check_key_added(
             f"`key_added={key_added!r}` would overwrite {_listing(taken)}, which this function did not write. "
             "Choose another name, or delete it first."
         )
+
+
+def check_result(adata: AnnData, key: str) -> dict[str, Any]:
+    """Return what ``tl.impute`` recorded in ``adata.uns[key]``.
+
+    Raises
+    ------
+    KeyError
+        If there is nothing of this name.
+    """
+    if key not in adata.uns:
+        raise KeyError(f"`key_added={key!r}`: there is no such result in adata.uns; run `sf.tl.impute` first.")
+    return dict(adata.uns[key])
+
+
+def check_imputed(names: Sequence[str], imputed: Sequence[str]) -> None:
+    """Check that genes are among those that a result says were ``imputed``: a list, or ``"all"``.
+
+    Raises
+    ------
+    ValueError
+        If some are not.
+    """
+    left_out = [] if imputed == "all" else [name for name in names if name not in list(imputed)]
+    if left_out:
+        raise ValueError(f"`genes`: {', '.join(left_out)} were not imputed; `sf.tl.impute(genes=)` left them out.")

@@ -55,6 +55,14 @@ def test_a_single_field_of_view(result) -> None:
         sf.pl.imputed(result, "EPCAM", fov="nowhere")
 
 
+def test_a_gene_that_was_not_imputed(result) -> None:
+    some = result.copy()
+    some.uns["spaformer"]["params"]["genes"] = ["VIM"]
+    sf.pl.imputed(some, "VIM")
+    with pytest.raises(ValueError, match="EPCAM were not imputed"):
+        sf.pl.imputed(some, ["VIM", "EPCAM"])
+
+
 def test_reliability_shows_every_gene_once(result) -> None:
     ax = sf.pl.reliability(result)
     labels = [text.get_text() for text in ax.get_legend().get_texts()]

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from spaformer_sc import _checks
 from spaformer_sc._keys import Keys
+from spaformer_sc.training.reliability import LEVELS
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-COLOURS = {"reliable": "#2a7f62", "weak": "#d9a441", "no better than baseline": "#9a9a9a"}
+COLOURS = dict(zip(reversed(LEVELS), ("#2a7f62", "#d9a441", "#9a9a9a"), strict=True))
 
 
 def imputed(
@@ -70,12 +71,10 @@ def imputed(
     from anndata import AnnData
 
     keys = Keys(key_added)
-    params = _record(adata, key_added)["params"]
+    params = _checks.check_result(adata, keys.uns)["params"]
     names = [genes] if isinstance(genes, str) else list(genes)
     columns = _checks.check_genes(adata, names)
-    left_out = [] if params["genes"] == "all" else [name for name in names if name not in list(params["genes"])]
-    if left_out:
-        raise ValueError(f"`genes`: {', '.join(left_out)} were not imputed; `sf.tl.impute(genes=)` left them out.")
+    _checks.check_imputed(names, params["genes"])
     cells = _cells_of(adata, params, fov)
     counts = adata.X if params["layer"] is None else adata.layers[params["layer"]]
     observed = _scaled(counts, cells, columns, params["output"], float(params["target_sum"]))
@@ -130,8 +129,8 @@ def reliability(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
     """
     import matplotlib.pyplot as plt
 
-    _record(adata, key_added)
     keys = Keys(key_added)
+    _checks.check_result(adata, keys.uns)
     held, value, error, verdict = (
         adata.var[keys.var(name)]
         for name in ("held_out", "true_correlation", "true_correlation_se", "reliability")
@@ -175,7 +174,7 @@ def history(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = N
     """
     import matplotlib.pyplot as plt
 
-    record = _record(adata, key_added)
+    record = _checks.check_result(adata, Keys(key_added).uns)
     course = {name: np.asarray(values, dtype=float) for name, values in record["history"].items()}
     networks = record["params"]["networks"]
     ax = plt.subplots(figsize=(6, 4), layout="constrained")[1] if ax is None else ax
@@ -190,12 +189,6 @@ def history(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = N
     ax.set_ylabel("held out: nats per transcript over gene means")
     ax.legend(title="network", fontsize=8, frameon=False)
     return ax
-
-
-def _record(adata: AnnData, key_added: str) -> dict[str, Any]:
-    if Keys(key_added).uns not in adata.uns:
-        raise KeyError(f"`key_added={key_added!r}`: there is no such result in adata.uns; run `sf.tl.impute` first.")
-    return dict(adata.uns[Keys(key_added).uns])
 
 
 def _cells_of(adata: AnnData, params: dict[str, Any], fov: str | None) -> NDArray[np.int64]:

@@ -138,7 +138,7 @@ def sums_of(
     n_groups, n_genes = int(groups.max()) + 1, held.shape[1]
     depth = np.asarray(train.sum(axis=1), dtype=np.float64).ravel()
     ratio = max(held[depth > 0].sum(dtype=np.float64) / depth.sum(), 1e-100)
-    # Depth over all genes: that of cells with other panels is compared, not that of their measured genes.
+    # Over all genes, so that cells with different panels can be compared.
     full = depth
     if measured is not None:
         full = depth / np.maximum(measured @ gene_shares(train, ~measured), 1e-6)

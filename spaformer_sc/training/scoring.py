@@ -19,8 +19,6 @@ from spaformer_sc.metrics import (
 
 from .reliability import LEVELS, reliability
 
-NUMBERS = ("pearson", "deviance_explained", "gain", "true_correlation")
-ERRORS = ("pearson_se", "deviance_explained_se", "true_correlation_se")
 FLOOR = 0.01
 """Smallest predicted share of a gene in the stopping score, relative to the gene's mean share."""
 
@@ -113,8 +111,9 @@ def held_out_scores(
     held_out = np.asarray(held.sum(axis=0)).ravel().astype(np.int64)
     overall_names = ("gain", "deviance_explained", "median_pearson", "gain_over_baseline", "gain_over_baseline_se")
     if not held.nnz or not train.nnz:
-        unknown = dict.fromkeys((*NUMBERS, *ERRORS), math.nan)
-        per_gene = pd.DataFrame({**unknown, "held_out": held_out})
+        numbers = ("pearson", "deviance_explained", "gain", "true_correlation")
+        with_errors = ("pearson_se", "deviance_explained_se", "true_correlation_se")
+        per_gene = pd.DataFrame({**dict.fromkeys((*numbers, *with_errors), math.nan), "held_out": held_out})
         codes = np.zeros(len(held_out), dtype=np.int8)
         per_gene["reliability"] = pd.Categorical.from_codes(codes, categories=list(LEVELS), ordered=True)
         return {**dict.fromkeys(overall_names, math.nan), "better_than_baseline": False}, per_gene
