@@ -48,7 +48,8 @@ def package_files() -> list[Path]:
     folders = [package / name for name in ("data", "metrics", "nn", "positional", "training")]
     found = {package / "model.py", package / "_config.py", package / "_checks.py"}
     found |= {file for folder in folders for file in folder.rglob("*.py")}
-    return sorted(found - {package / "training" / name for name in ("progress.py", "reliability.py", "scoring.py")})
+    judging = ("posterior.py", "progress.py", "reliability.py", "scoring.py")
+    return sorted(found - {package / "training" / name for name in judging})
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:

@@ -124,6 +124,22 @@ def check_positive(name: str, value: Any, *, allow_zero: bool = False) -> float:
     return number
 
 
+def check_share(name: str, value: Any) -> float:
+    """Check that an argument lies between 0 and 1, both excluded, and return it as `float`.
+
+    Raises
+    ------
+    TypeError
+        If it is not a number.
+    ValueError
+        If it is NaN, infinite or outside the range.
+    """
+    number = _check_real(name, value)
+    if not 0 < number < 1:
+        raise ValueError(f"`{name}={value!r}` must lie between 0 and 1, such as 0.9.")
+    return number
+
+
 def check_number(name: str, value: Any, low: float, high: float) -> float:
     """Check that an argument is a finite number from `low` to `high`, and return it as `float`.
 
@@ -854,3 +870,35 @@ def check_imputed(names: Sequence[str], imputed: Sequence[str]) -> None:
     left_out = [] if imputed == "all" else [name for name in names if name not in list(imputed)]
     if left_out:
         raise ValueError(f"`genes`: {', '.join(left_out)} were not imputed; `sf.tl.impute(genes=)` left them out.")
+
+
+def counts_of_result(adata: AnnData, params: Mapping[str, Any]) -> sparse.csr_matrix:
+    """Read the counts that a result was made from.
+
+    Returns
+    -------
+    csr_matrix, cells × genes, float32
+
+    Raises
+    ------
+    KeyError
+        If the layer is gone.
+    ValueError
+        If the values are no longer those, as far as can be told: cells and genes may have been left out since.
+    """
+    layer = params["layer"]
+    name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    if layer is not None and layer not in adata.layers:
+        raise KeyError(f"{name}, which the result was made from, is gone.")
+    counts = _as_csr(_in_memory(adata.X if layer is None else adata.layers[layer]), name)
+    library = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+    same = bool(params["fractional"]) or is_whole(counts)
+    if same and params["missing"] is None and adata.n_vars == params["n_genes"]:
+        depth = adata.obs[f"{params['key_added']}_depth"].to_numpy(dtype=np.float64)
+        same = bool(np.allclose(library, depth, rtol=1e-3))
+    if not same:
+        raise ValueError(
+            f"{name} no longer holds the counts that the result was made from (normalised since?). Put them back: keep "
+            "a copy as a layer before you normalise, and pass `layer=` to `sf.tl.impute`."
+        )
+    return counts

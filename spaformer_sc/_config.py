@@ -12,6 +12,7 @@ from ._checks import _did_you_mean, check_choice, check_flag, check_integer, che
 PRESETS = ("default", "paper")
 QUALITIES = ("fast", "default", "best")
 OUTPUTS = ("lognorm", "counts", "rate")
+ZEROS = ("impute", "keep")
 GRAPHS = ("knn", "delaunay", "radius")
 ENCODERS = ("performer", "performer_relu", "exact", "gat", "mlp")
 DECODERS = ("gaussian", "poisson", "nb", "zinb")

@@ -23,6 +23,11 @@ class Keys:
         return self.key_added
 
     @property
+    def sd(self) -> str:
+        """Standard deviation of imputed expression, ``adata.layers``."""
+        return f"{self.key_added}_sd"
+
+    @property
     def embedding(self) -> str:
         """Latent, ``adata.obsm``."""
         return f"X_{self.key_added}"
@@ -34,4 +39,8 @@ class Keys:
 
     def var(self, score: str) -> str:
         """Score per gene, ``adata.var``."""
+        return f"{self.key_added}_{score}"
+
+    def obs(self, score: str) -> str:
+        """Score per cell, ``adata.obs``."""
         return f"{self.key_added}_{score}"

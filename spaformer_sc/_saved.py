@@ -12,7 +12,7 @@ from ._files import replacing
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the format."""
 
 _DESCRIPTION, _WEIGHTS = "model.json", "weights.safetensors"

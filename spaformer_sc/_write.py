@@ -28,7 +28,9 @@ def write_result(
     expression: NDArray[np.float32],
     embedding: NDArray[np.float32],
     gene_scores: pd.DataFrame,
+    cell_scores: pd.DataFrame,
     record: dict[str, Any],
+    sd: NDArray[np.float32] | None = None,
 ) -> None:
     """Write everything that a fit gives into its slots, all of it or nothing, one logged line each.
 
@@ -44,8 +46,12 @@ def write_result(
         Latent (cells, n_latent).
     gene_scores
         Scores (genes × scores).
+    cell_scores
+        Scores (cells × scores).
     record
-        ``params``, ``history`` and ``scores`` for ``uns``.
+        ``params``, ``history``, ``scores`` and others for ``uns``.
+    sd
+        Layer with the standard deviations of ``expression`` (cells, genes), or None.
     """
     from anndata import ImplicitModificationWarning
 
@@ -53,14 +59,22 @@ def write_result(
         ("layers", keys.layer): expression,
         ("obsm", keys.embedding): embedding,
         **{("var", keys.var(score)): _plain(gene_scores[score]) for score in gene_scores},
+        **{("obs", keys.obs(score)): _plain(cell_scores[score]) for score in cell_scores},
         ("uns", keys.uns): record,
     }
+    if sd is not None:
+        values["layers", keys.sd] = sd
+    elif keys.sd in adata.layers:
+        values["layers", keys.sd] = None  # of an earlier result
     before = {(attribute, key): getattr(adata, attribute).get(key) for attribute, key in values}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ImplicitModificationWarning)
             for (attribute, key), value in values.items():
-                getattr(adata, attribute)[key] = value
+                if value is None:
+                    del getattr(adata, attribute)[key]
+                else:
+                    getattr(adata, attribute)[key] = value
     except BaseException:
         for (attribute, key), value in before.items():
             slots = getattr(adata, attribute)
@@ -70,10 +84,14 @@ def write_result(
                 del slots[key]
         raise
     logger.info("added %r, %s float32 (adata.layers)", keys.layer, expression.shape)
+    if sd is not None:
+        logger.info("added %r, %s float32 (adata.layers)", keys.sd, sd.shape)
     logger.info("added %r, %s float32 (adata.obsm)", keys.embedding, embedding.shape)
     for score in gene_scores:
         logger.info("added %r (adata.var)", keys.var(score))
-    logger.info("added %r: params, history, scores (adata.uns)", keys.uns)
+    for score in cell_scores:
+        logger.info("added %r (adata.obs)", keys.obs(score))
+    logger.info("added %r: %s (adata.uns)", keys.uns, ", ".join(record))
 
 
 def _plain(column: pd.Series) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from . import __version__
-from ._config import DECODERS, ENCODERS, GRAPHS, MASKINGS, OUTPUTS, POSITIONAL, PRESETS, QUALITIES
+from ._config import DECODERS, ENCODERS, GRAPHS, MASKINGS, OUTPUTS, POSITIONAL, PRESETS, QUALITIES, ZEROS
 from ._threads import wait_patiently
 from ._write import SUFFIXES, check_path, write_atomically
 
@@ -30,8 +30,8 @@ IMPUTE = """\
 Read an AnnData with raw counts and coordinates, impute it, and write it with the results added. The input file is not
 changed; the output appears whole or not at all.
 
-Added: layers["spaformer"] (imputed expression), obsm["X_spaformer"] (latent space), var["spaformer_*"] (held-out scores
-per gene), uns["spaformer"] (parameters, training history, overall scores).
+Added: layers["spaformer"] (imputed expression), obsm["X_spaformer"] (latent space), var["spaformer_*"] and
+obs["spaformer_*"] (held-out scores of genes and cells), uns["spaformer"] (parameters, training history, other scores).
 """
 
 
@@ -96,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
         "--target-sum", type=float, metavar="N", help="library size for lognorm and rate (default: median)"
     )
     what.add_argument("--genes", type=_names, metavar="A,B,C", help="write only these genes (default: all)")
+    what.add_argument(
+        "--zeros", choices=ZEROS, default="impute", help="keep: zeros that a second look would find again stay 0"
+    )
+    what.add_argument("--sd", action="store_true", help="also write a layer of standard deviations")
     what.add_argument(
         "--key-added", default="spaformer", metavar="KEY", help="name of the results (default: spaformer)"
     )
@@ -197,6 +201,8 @@ def _impute(arguments: argparse.Namespace) -> None:
         genes=arguments.genes,
         output=arguments.scale,
         target_sum=arguments.target_sum,
+        zeros=arguments.zeros,
+        sd=arguments.sd,
         key_added=arguments.key_added,
         quality=arguments.quality,
         preset=arguments.preset,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .nn.network import Network, NetworkConfig, Output, Tokens
     from .positional import CombinedEncodings
     from .training.mixing import HeldCounts, HeldEntries
+    from .training.posterior import Posterior
     from .training.sequences import FieldCounts, Sampler
     from .training.trainer import History
 
@@ -41,6 +42,9 @@ TEST_SHARE = 0.05
 
 HELD_ENTRIES = 0.05
 """Share of the measured entries that is hidden, where others are missing, to decide when training stops."""
+
+LED_BACK = 1000
+"""About as many cells tell how log-normalised values lead back to expected counts."""
 
 AS_FITTED = "as fitted"
 """Default of arguments that say where data are found: as in the fit."""
@@ -84,10 +88,25 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Imputed expression (cells, genes asked for) and latent (cells, n_latent); no columns where not asked for."""
+    """What is predicted of cells.
+
+    Attributes
+    ----------
+    expression
+        Imputed expression (cells, genes asked for); no columns where not asked for.
+    embedding
+        Latent (cells, n_latent); no columns where not asked for.
+    depth
+        Depth over all genes (cells,), that expected counts refer to; 0 where expression is not asked for.
+    dispersion
+        Dispersion that leads from log-normalised values back to expected counts (genes asked for, 2), where measured
+        and where not; None where not asked for.
+    """
 
     expression: NDArray[np.float32]
     embedding: NDArray[np.float32]
+    depth: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    dispersion: NDArray[np.float64] | None = None
 
 
 class SpaFormer:
@@ -115,8 +134,16 @@ class SpaFormer:
         Genes of the fit, in order; None before it.
     scores
         Scores on held-out counts over all genes; see :func:`spaformer_sc.tl.impute`.
+    fractional
+        Whether counts of the fit had fractions.
     gene_scores
         The same for each gene, a data frame (genes × scores).
+    cell_scores
+        Scores on held-out counts of about 50 cells like each (cells of the fit × scores); empty in a loaded model.
+    fov_scores
+        Scores of each field of view (FOVs × scores); empty in a loaded model.
+    posterior
+        What is known of entries beyond their mean; see :func:`spaformer_sc.tl.interval`.
     history
         One entry per validation: ``step``, ``epoch``, ``loss``, ``validation``, ``network``.
 
@@ -182,13 +209,16 @@ class SpaFormer:
         self.var_names: pd.Index | None = None
         self.scores: dict[str, float] = {}
         self.gene_scores = pd.DataFrame()
+        self.cell_scores = pd.DataFrame()
+        self.fov_scores = pd.DataFrame()
+        self.posterior: Posterior | None = None
         self.history: dict[str, list[float]] = {}
         self.graph_summary: dict[str, Any] = {}
         self.target_sum: float = float("nan")
         self._model_sum: float = float("nan")
         self._gene_share: NDArray[np.float32] | None = None
         self._typical: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
-        self._fractional = False
+        self.fractional = False
         self._fovs: tuple[str, ...] = ()
         self._networks: list[Network] = []
         self._forms: list[str] = []
@@ -257,7 +287,12 @@ class SpaFormer:
         _checks.check_choice("output", output, OUTPUTS)
         loaded = self._fit_loaded(adata, self.keys)
         return self._predict_loaded(
-            loaded, output=output, target_sum=target_sum or self.target_sum, genes=columns, embed=True
+            loaded,
+            output=output,
+            target_sum=target_sum or self.target_sum,
+            genes=columns,
+            embed=True,
+            back=output == "lognorm" and self.posterior is not None,
         )
 
     def _fit_loaded(self, adata: AnnData, keys: DataKeys) -> Loaded:
@@ -303,9 +338,10 @@ class SpaFormer:
 
         from .data._split import gene_shares, hold_out, hold_out_entries, typical_values
         from .training.mixing import HeldCounts, HeldEntries
+        from .training.posterior import fit_shape_where_missing
         from .training.sequences import sequences
 
-        self._fractional = not _checks.is_whole(loaded.counts)
+        self.fractional = not _checks.is_whole(loaded.counts)
         counts = self._integer_counts(loaded.counts)
         split = hold_out(
             counts,
@@ -348,9 +384,13 @@ class SpaFormer:
                 for name in ("step", "epoch", "loss", "validation")
             },
         }
+        shape_where_missing = None
+        if entries is not None and self.settings.decoder != "gaussian":
+            expected = entries.expected(self._networks, self._weights[1])
+            shape_where_missing = fit_shape_where_missing(expected, entries.counts)
         del held, entries
         validated.clear()
-        self._score(sampler, split, loaded)
+        self._score(sampler, split, loaded, shape_where_missing)
 
     def _train_networks(
         self,
@@ -434,23 +474,61 @@ class SpaFormer:
             "weight_where_missing": self._weights[1].tolist(),
         }
 
-    def _score(self, sampler: Sampler, split: HeldOut, loaded: Loaded) -> None:
-        """Score the rates predicted from the training part on the test part, overall and per gene."""
-        from .training.reliability import neighbour_rates
+    def _score(
+        self, sampler: Sampler, split: HeldOut, loaded: Loaded, shape_where_missing: tuple[float, float] | None
+    ) -> None:
+        """Score the rates predicted from the training part on the test part, overall and per gene.
+
+        And fit the posterior to the validation part.
+        """
+        from .training.reliability import groups_alike, neighbour_rates, scores_of_groups
         from .training.scoring import held_out_scores, scores_of_neighbours
         from .training.sequences import sequences
 
         train, missing = split.train, loaded.missing
         data = sequences(loaded.fields, train, missing)
         n_cells = train.shape[0]
-        rates = self._predict(data, sampler, n_cells, output="rate", target_sum=1.0, genes=None, embed=False).expression
+        found = self._predict(data, sampler, n_cells, output="rate", target_sum=1.0, genes=None, embed=True)
+        rates = found.expression
         rng = np.random.default_rng(derived_seed(self.random_state, "groups of cells"))
-        self.scores, self.gene_scores = held_out_scores(split.test, rates, train, missing, rng)
-        del rates
+        self.scores, self.gene_scores, gains = held_out_scores(split.test, rates, train, missing, rng)
+        held_out = np.asarray(split.test.sum(axis=1), dtype=np.float64).ravel()
+        alike = groups_alike(found.embedding, derived_seed(self.random_state, "cells alike"))
+        self.cell_scores = scores_of_groups(gains, held_out, alike).iloc[alike].reset_index(drop=True)
+        self.fov_scores = scores_of_groups(gains, held_out, loaded.images)
+        names = {int(loaded.images[f.cells[0]]): f.image for f in loaded.fields}
+        self.fov_scores.index = pd.Index([names[number] for number in range(len(names))])
+        self.posterior = self._calibrated(rates, split, missing, shape_where_missing)
+        del rates, found
         around = neighbour_rates(loaded.fields, train, split.validation, missing, self._shares)
         overall, per_gene = scores_of_neighbours(split.test, around, train, missing)
         self.scores |= overall
         self.gene_scores = self.gene_scores.join(per_gene)
+
+    def _calibrated(
+        self,
+        rates: NDArray[np.float32],
+        split: HeldOut,
+        missing: NDArray[np.bool_] | None,
+        shape_where_missing: tuple[float, float] | None,
+    ) -> Posterior | None:
+        """Posterior of the entries, fitted to the validation part, with its coverage of the test part.
+
+        None for a decoder without counts. Where too little was held out of entries that are missing, their posterior
+        is that of measured entries without their counts.
+        """
+        from .training.posterior import Posterior, fit_shape, measure_coverage
+
+        if self.settings.decoder == "gaussian":
+            return None
+        measured = None if missing is None else ~missing
+        depth = np.asarray(split.train.sum(axis=1), dtype=np.float64).ravel()
+        if measured is not None:
+            depth /= np.maximum(np.einsum("cg,cg->c", rates, measured), 1e-12)
+        level, slope, own = fit_shape(rates, depth, split.train, split.validation, measured)
+        posterior = Posterior(level, slope, own, missing=shape_where_missing or (level, slope))
+        rng = np.random.default_rng(derived_seed(self.random_state, "coverage"))
+        return measure_coverage(posterior, rates, depth, split.train, split.test, measured, rng)
 
     # --- prediction ---------------------------------------------------------------------------------------------------
 
@@ -553,13 +631,21 @@ class SpaFormer:
         target_sum: float,
         genes: NDArray[np.int64] | None,
         embed: bool,
+        back: bool = False,
     ) -> Prediction:
         from .training.sequences import sequences
 
         data = sequences(loaded.fields, loaded.counts, loaded.missing)
         sampler = self._sampler(resolve_device(self.device))
         return self._predict(
-            data, sampler, loaded.counts.shape[0], output=output, target_sum=target_sum, genes=genes, embed=embed
+            data,
+            sampler,
+            loaded.counts.shape[0],
+            output=output,
+            target_sum=target_sum,
+            genes=genes,
+            embed=embed,
+            back=back,
         )
 
     def _predict(
@@ -572,14 +658,21 @@ class SpaFormer:
         target_sum: float,
         genes: NDArray[np.int64] | None,
         embed: bool,
+        back: bool = False,
     ) -> Prediction:
-        """Predict FOV by FOV and blend tiles; networks are averaged in the scale asked for."""
+        """Predict FOV by FOV and blend tiles; networks are averaged in the scale asked for.
+
+        With ``back``, for log-normalised values, also find what leads from these back to expected counts.
+        """
         import torch
 
         n_genes = 0 if output is None else len(self._shares) if genes is None else len(genes)
         columns = slice(None) if genes is None else genes
         expression = np.zeros((n_cells, n_genes), dtype=np.float32)
         embedding = np.zeros((n_cells, self.settings.n_latent if embed else 0), dtype=np.float32)
+        all_depths = np.zeros(n_cells, dtype=np.float32)
+        rng = np.random.default_rng(derived_seed(self.random_state, "cells to lead back from"))
+        led_back: list[tuple[NDArray[Any], ...]] = []
         for sequence in data:
             tokens = sampler.whole(sequence)
             cells, weight = sequence.fov.cells, sequence.fov.weight[:, None]
@@ -587,25 +680,40 @@ class SpaFormer:
             measured = None if sequence.measured is None else sequence.measured[inside]
             total = np.zeros((len(inside), 1), dtype=np.float32)
             mean = np.zeros((len(inside), n_genes), dtype=np.float32)
+            depth = np.zeros(len(inside), dtype=np.float32)
+            some = np.flatnonzero(rng.random(len(inside)) < LED_BACK / n_cells) if back else np.zeros(0, dtype=np.int64)
+            counts = np.zeros((len(some), n_genes), dtype=np.float32)
             with torch.inference_mode():
                 for number, network in enumerate(self._networks):
                     result = network(tokens)
                     if output is not None:
-                        block = self._scaled(network, result, tokens, output, target_sum).cpu().numpy()[inside]
                         share, where_missing = self._weights[:, number].astype(np.float32)
+                        weights = share if measured is None else np.where(measured, share, where_missing)
+                        block = self._scaled(network, result, tokens, output, target_sum).cpu().numpy()[inside]
+                        block *= weights
                         if measured is not None:
-                            block *= np.where(measured, share, where_missing)
                             total += block.sum(axis=1, keepdims=True)
-                        else:
-                            block *= share
                         mean += block[:, columns]
+                        shares = network.decoder.share(result.decoded)
+                        full = tokens.full_depth(shares)
+                        depth += share * full.cpu().numpy()[inside]
+                        if len(some):
+                            at = torch.from_numpy(inside[some]).to(full.device)
+                            block = (shares[at] * full[at, None]).cpu().numpy()
+                            block *= weights if measured is None else weights[some]
+                            counts += block[:, columns]
                     if embed and number == 0:
                         embedding[cells[inside]] += result.latent.cpu().numpy()[inside] * weight[inside]
             if output == "rate" and measured is not None:
                 # Each network's rates have this sum, but not their mean with weights that differ within a cell.
                 mean *= target_sum / total
             expression[cells[inside]] += mean * weight[inside]
-        return Prediction(expression, embedding)
+            all_depths[cells[inside]] += depth * weight.ravel()[inside]
+            if len(some):
+                seen = np.ones(counts.shape, dtype=bool) if measured is None else measured[some][:, columns]
+                led_back.append((counts, mean[some], depth[some], seen))
+        dispersion = _dispersion(led_back, target_sum) if led_back else None
+        return Prediction(expression, embedding, all_depths, dispersion)
 
     @staticmethod
     def _scaled(network: Network, result: Output, tokens: Tokens, output: str, target_sum: float) -> torch.Tensor:
@@ -665,7 +773,7 @@ class SpaFormer:
     def _read(self, adata: AnnData, keys: DataKeys) -> tuple[Loaded, NDArray[np.int64]]:
         """Take apart data for the fitted model; also the columns of ``adata`` that hold the model's genes."""
         columns = self._columns(adata)
-        doubtful: Literal["refuse", "warn"] = "warn" if self._fractional else "refuse"
+        doubtful: Literal["refuse", "warn"] = "warn" if self.fractional else "refuse"
         counts = _checks.read_counts(adata, keys.layer, transformed=doubtful)[:, columns].tocsr()
         return self._load(adata, counts, keys, columns), columns
 
@@ -806,6 +914,7 @@ class SpaFormer:
             "radius": self.radius,
             "tile_size": self.tile_size,
             "random_state": self.random_state,
+            "fractional": self.fractional,
             "model": {key: value for key, value in s.items() if key != "training"},
             "training": s["training"],
             "graph_summary": self.graph_summary,
@@ -845,10 +954,11 @@ class SpaFormer:
             "var_names": list(self.var_names),
             "target_sum": self.target_sum,
             "model_sum": self._model_sum,
-            "fractional": self._fractional,
+            "fractional": self.fractional,
             "fovs": list(self._fovs),
             "networks": self._described_networks(),
             "scores": self.scores,
+            "posterior": None if self.posterior is None else self.posterior.to_dict(),
             "gene_scores": {name: self.gene_scores[name].tolist() for name in self.gene_scores},
             "history": self.history,
             "graph_summary": self.graph_summary,
@@ -877,6 +987,7 @@ class SpaFormer:
         ValueError
             If it is not a saved model, is damaged, or was written in another format.
         """
+        from .training.posterior import Posterior
         from .training.reliability import LEVELS
 
         target = resolve_device(device)
@@ -897,7 +1008,7 @@ class SpaFormer:
             model.keys = DataKeys(**description["keys"])
             model.target_sum = float(description["target_sum"])
             model._model_sum = float(description["model_sum"])
-            model._fractional = bool(description["fractional"])
+            model.fractional = bool(description["fractional"])
             model._fovs = tuple(str(name) for name in description.get("fovs", []))
             model._forms = [str(form) for form in description["networks"]["form"]]
             names = ("weight", "weight_where_missing")
@@ -907,6 +1018,8 @@ class SpaFormer:
             if not (model._weights >= 0).all() or (abs(model._weights.sum(axis=1) - 1) > 1e-6).any():
                 raise ValueError("the weights of its networks are no shares")
             model.scores, model.history = description["scores"], description["history"]
+            given = description["posterior"]
+            model.posterior = None if given is None else Posterior.from_dict(given)
             model.graph_summary = description["graph_summary"]
             model._gene_share = weights.pop("gene_share").numpy()
             model._typical = weights.pop("typical").numpy()
@@ -957,6 +1070,20 @@ def resolve_device(device: str) -> torch.device:
 def _as_key(library_key: str | Sequence[str] | None) -> str | list[str] | None:
     # Anything else is refused, with a message, when the key is looked up.
     return list(library_key) if isinstance(library_key, (list, tuple)) else library_key  # type: ignore[return-value]
+
+
+def _dispersion(parts: list[tuple[NDArray[Any], ...]], target_sum: float) -> NDArray[np.float64]:
+    """Dispersion (genes, 2) that leads from log-normalised values back to counts, where measured and where not."""
+    from .training.posterior import dispersion_of_lognorm
+
+    counts, values, depth, seen = (np.concatenate(part) for part in zip(*parts, strict=True))
+    scale = target_sum / np.maximum(depth, 1e-12)
+    found = np.full((counts.shape[1], 2), np.nan)
+    for number, entries in enumerate((seen, ~seen)):
+        known = entries & (depth > 0)[:, None]
+        if known.any():
+            found[:, number] = dispersion_of_lognorm(counts, np.where(known, values, np.nan), scale)
+    return found
 
 
 def _without(counts: sp.csr_matrix, entries: NDArray[np.bool_]) -> sp.csr_matrix:

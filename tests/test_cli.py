@@ -50,6 +50,13 @@ def same(found, wanted):
 # --- impute -----------------------------------------------------------------------------------------------------------
 
 
+def test_zeros_and_standard_deviations(source, tmp_path):
+    assert run("impute", source, tmp_path / "out.h5ad", "--zeros", "keep", "--sd", *QUICK) == 0
+    found, wanted = ad.read_h5ad(tmp_path / "out.h5ad"), expected(source, zeros="keep", sd=True)
+    same(found, wanted)
+    np.testing.assert_array_equal(found.layers["spaformer_sd"], wanted.layers["spaformer_sd"])
+
+
 def test_h5ad_to_h5ad(source, tmp_path, capsys):
     before = sha256(source)
     assert run("impute", source, tmp_path / "out.h5ad", *QUICK) == 0
@@ -79,6 +86,8 @@ OPTIONS = {  # option and value on the command line: argument and value of `tl.i
     ("--layer", "counts"): ("layer", "counts"),
     ("--missing", "mask"): ("missing", "mask"),
     ("--scale", "rate"): ("output", "rate"),
+    ("--zeros", "keep"): ("zeros", "keep"),
+    ("--sd",): ("sd", True),
     ("--target-sum", "250"): ("target_sum", 250.0),
     ("--genes", "EPCAM, VIM"): ("genes", ["EPCAM", "VIM"]),
     ("--key-added", "mine"): ("key_added", "mine"),

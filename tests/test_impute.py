@@ -21,11 +21,20 @@ from tests.conftest import contents, plain, sha256
 
 QUICK = {"library_key": "fov", "quality": "fast", "max_epochs": 1, "progress": False}
 SCORES = sf.tl._impute.SCORES
-SLOTS = {"layers/spaformer", "obsm/X_spaformer", "uns/spaformer", *(f"var/spaformer_{score}" for score in SCORES)}
+OF_GENES = (*SCORES, *sf.tl._impute.BACK)
+SLOTS = {
+    "layers/spaformer",
+    "obsm/X_spaformer",
+    "uns/spaformer",
+    *(f"var/spaformer_{score}" for score in OF_GENES),
+    *(f"obs/spaformer_{score}" for score in sf.tl._impute.OF_CELLS),
+}
 FOREIGN = {  # slot: how to fill it
     "layers": lambda adata: adata.layers.update(spaformer=adata.X.copy()),
     "obsm": lambda adata: adata.obsm.update(X_spaformer=np.ones((adata.n_obs, 2))),
     "var": lambda adata: adata.var.insert(0, "spaformer_gain", 1.0),
+    "obs": lambda adata: adata.obs.insert(0, "spaformer_depth", 1.0),
+    "layers with standard deviations": lambda adata: adata.layers.update(spaformer_sd=adata.X.copy()),
     "uns": lambda adata: adata.uns.update(spaformer={"params": {"of": "another program"}}),
 }
 """Data of the user's that lie where results would go."""
@@ -86,7 +95,7 @@ def test_writes_the_documented_slots_and_nothing_else(tissue):
     assert tissue.var["spaformer_pearson"].dropna().between(-1, 1).all()
     assert tissue.var["spaformer_held_out"].dtype == np.int64
     assert tissue.var["spaformer_held_out"].sum() == pytest.approx(0.05 * tissue.X.sum(), rel=0.3)
-    assert list(tissue.uns["spaformer"]) == ["params", "history", "scores"]
+    assert list(tissue.uns["spaformer"]) == ["params", "history", "scores", "fovs", "posterior"]
 
 
 def test_the_record_is_made_of_plain_values_and_says_what_was_done(tissue):
@@ -158,7 +167,7 @@ def test_a_second_call_overwrites_the_first(tissue, form, tmp_path):
 def test_data_of_others_are_not_overwritten(tissue, slot, no_training):
     FOREIGN[slot](tissue)
     before = contents(tissue)
-    with pytest.raises(ValueError, match=rf"would overwrite adata\.{slot}"):
+    with pytest.raises(ValueError, match=rf"would overwrite adata\.{slot.split()[0]}"):
         impute(tissue)
     assert contents(tissue) == before
 
@@ -359,7 +368,9 @@ BAD = [
     ("tile_size", None, {"tile_size": 1}, ValueError, "`tile_size=1` must be at least 50"),
     ("output", None, {"output": "log"}, ValueError, "`output='log'` is not allowed.*'lognorm'"),
     ("target_sum", None, {"target_sum": 0}, ValueError, "`target_sum=0` must be"),
-    ("zeros", None, {"zeros": "keep"}, ValueError, "`zeros='keep'` is not available yet"),
+    ("zeros", None, {"zeros": "remove"}, ValueError, "`zeros='remove'` is not allowed; choose one of 'impute', 'keep'"),
+    ("sd", None, {"sd": 1}, TypeError, "`sd=1` must be True or False"),
+    ("sd without counts", None, {"sd": True, "decoder": "gaussian"}, ValueError, "`sd=True` needs a distribution"),
     ("key_added", None, {"key_added": "a/b"}, ValueError, "`key_added='a/b'` cannot be written"),
     ("output_path", None, {"output_path": "out.csv"}, ValueError, r"must end in \.h5ad or \.zarr"),
     ("output folder", None, {"output_path": "no/such/out.h5ad"}, FileNotFoundError, "does not exist"),

@@ -16,6 +16,7 @@ import scipy.sparse as sp
 import torch
 
 import spaformer_sc as sf
+from spaformer_sc._saved import SCHEMA
 from spaformer_sc.data._graph import spatial_graph
 from tests.conftest import contents, sha256
 
@@ -544,7 +545,7 @@ def test_what_is_no_model_is_refused(fitted, tmp_path, damage):
 
 def test_another_format_is_told_from_damage(fitted, tmp_path):
     fitted.save(tmp_path / "model")
-    for schema, word in ((5, "newer"), (3, "older")):
+    for schema, word in ((SCHEMA + 1, "newer"), (SCHEMA - 1, "older")):
         _edited(tmp_path / "model", schema=schema, version="9.9.9")
         with pytest.raises(ValueError, match=rf"{word} .*9\.9\.9"):
             sf.SpaFormer.load(tmp_path / "model")

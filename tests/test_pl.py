@@ -13,7 +13,7 @@ from tests.conftest import contents
 @pytest.fixture(scope="module")
 def result():
     mpl.use("Agg")
-    tissue = sf.datasets.simulated_tissue(n_fovs=2, n_cells=120, n_genes=40)
+    tissue = sf.datasets.simulated_tissue(n_fovs=2, n_cells=200, n_genes=80)
     settings = {"n_networks": 2, "dim": 16, "n_heads": 4}
     sf.tl.impute(tissue, library_key="fov", max_epochs=3, progress=False, settings=settings)
     return tissue
@@ -34,7 +34,7 @@ def values(ax) -> np.ndarray:
 def test_observed_and_imputed_side_by_side(result) -> None:
     before = contents(result)
     axes = sf.pl.imputed(result, ["EPCAM", "VIM"])
-    assert axes.shape == (2, 2)
+    assert axes.shape == (2, 3)
     library = np.maximum(np.asarray(result.X.sum(axis=1)).ravel(), 1)
     target_sum = result.uns["spaformer"]["params"]["target_sum"]
     for row, gene in zip(axes, ("EPCAM", "VIM")):
@@ -45,6 +45,45 @@ def test_observed_and_imputed_side_by_side(result) -> None:
         assert gene in row[0].get_title()
         assert result.var["spaformer_reliability"].iloc[column] in row[1].get_title()
     assert contents(result) == before
+
+
+def test_uncertainty_is_that_of_the_posterior(result) -> None:
+    (row,) = sf.pl.imputed(result, "EPCAM")
+    shown = np.sort(values(row[2]))
+    draws = np.log1p(sf.tl.sample(result, "EPCAM", 400)[:, :, 0])
+    empty = np.isnan(draws[0])
+    assert np.isnan(shown).sum() == empty.sum()
+    drawn = np.sort(draws[:, ~empty].std(axis=0))
+    assert np.corrcoef(shown[: len(drawn)], drawn)[0, 1] > 0.95
+    assert np.median(shown[: len(drawn)] / drawn) == pytest.approx(1, abs=0.3)
+    given = result.copy()
+    given.layers["spaformer_sd"] = np.full(result.shape, 0.5, np.float32)
+    assert (values(sf.pl.imputed(given, "EPCAM")[0, 2]) == 0.5).all()
+    given.uns["spaformer"]["posterior"] = None
+    del given.layers["spaformer_sd"]
+    assert sf.pl.imputed(given, "EPCAM").shape == (1, 2)
+
+
+def test_changed_counts_are_not_drawn(result) -> None:
+    changed = result.copy()
+    changed.X = changed.X * 2
+    with pytest.raises(ValueError, match="no longer holds the counts"):
+        sf.pl.imputed(changed, "EPCAM")
+
+
+def test_calibration_shows_each_stratum(result) -> None:
+    ax = sf.pl.calibration(result)
+    posterior = result.uns["spaformer"]["posterior"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(posterior["strata"])
+    for line, covered in zip(ax.get_lines()[1:], posterior["strata"].values(), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), covered)
+    few = result.copy()
+    few.uns["spaformer"]["posterior"]["n_scored"] = 0
+    with pytest.raises(ValueError, match="too few transcripts"):
+        sf.pl.calibration(few)
+    few.uns["spaformer"]["posterior"] = None
+    with pytest.raises(ValueError, match="Gaussian decoder"):
+        sf.pl.calibration(few)
 
 
 def test_a_single_field_of_view(result) -> None:

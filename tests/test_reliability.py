@@ -54,7 +54,7 @@ def test_sums_give_the_scores_of_metrics(drawn, hidden: bool) -> None:
     seen = counts if measured is None else counts.multiply(measured).tocsr()
     split = metrics.thin(seen, 0.9, random_state=0)
     rates = (share * rng.lognormal(0, 0.5, (N, G))).astype(np.float32)
-    sums = sums_of(split.held, rates, split.train, measured, groups(rng)).total()
+    sums = sums_of(split.held, rates, split.train, measured, groups(rng))[0].total()
     given = split.held, rates, split.train
     np.testing.assert_allclose(
         deviance_share(sums), metrics.deviance_explained_per_gene(*given, measured=measured), rtol=1e-4, atol=1e-5
@@ -78,7 +78,7 @@ def test_exponents_of_depth() -> None:
 def test_the_jackknife_of_a_mean_is_its_standard_error(drawn) -> None:
     share, counts = drawn
     split = metrics.thin(counts, 0.9, random_state=0)
-    sums = sums_of(split.held, share.astype(np.float32), split.train, None, groups(np.random.default_rng(0)))
+    sums, _ = sums_of(split.held, share.astype(np.float32), split.train, None, groups(np.random.default_rng(0)))
     found = jackknife(sums, lambda total: total["held"] / total["cells"])
     x = split.held.toarray()[split.held.sum(axis=1).A1 > 0]
     assert np.median(found / (x.std(axis=0) / np.sqrt(len(x)))) == pytest.approx(1, abs=0.15)
@@ -91,7 +91,7 @@ def test_correlation_with_the_truth_is_free_of_noise() -> None:
     guess = truth * rng.lognormal(0, 0.5, truth.shape)
     guess /= guess.sum(1, keepdims=True)
     split = metrics.thin(sp.csr_matrix(rng.poisson(truth * 80).astype(np.float32)), 0.9, random_state=0)
-    judged, _, _ = reliability(split.held, guess.astype(np.float32), split.train, None, rng)
+    judged, _, _, _ = reliability(split.held, guess.astype(np.float32), split.train, None, rng)
     expected = metrics.gene_pearson(truth, guess)
     difference = judged["true_correlation"] - expected
     assert abs(difference.mean()) < 0.04
@@ -107,7 +107,9 @@ def test_planted_genes_are_reliable_and_those_with_counts_of_their_own_alone_are
     depth = split.train.sum(axis=1).A1[:, None]
     # As a good model would: the truth for genes that types of cells explain, the cell's own count for the others.
     rates = share * (1 + variance * split.train.toarray()) / (1 + variance * depth * share)
-    judged, gain, error = reliability(split.held, rates.astype(np.float32), split.train, None, np.random.default_rng(0))
+    judged, _, gain, error = reliability(
+        split.held, rates.astype(np.float32), split.train, None, np.random.default_rng(0)
+    )
     assert list(judged["reliability"].cat.categories) == list(LEVELS)
     strong = share.max(axis=0) > 3 * share.min(axis=0)
     assert 5 < strong.sum() < G // 2
@@ -116,10 +118,10 @@ def test_planted_genes_are_reliable_and_those_with_counts_of_their_own_alone_are
     assert (judged["reliability"][G // 2 :] == LEVELS[0]).mean() >= 0.8
     assert gain > 10 * error > 0
     mean = np.tile(counts.sum(axis=0).A1 / counts.sum(), (N, 1)).astype(np.float32)
-    judged, gain, error = reliability(split.held, mean, split.train, None, np.random.default_rng(0))
+    judged, _, gain, error = reliability(split.held, mean, split.train, None, np.random.default_rng(0))
     assert (judged["reliability"] == LEVELS[0]).mean() > 0.9
     assert gain < 2 * error
-    whole = sums_of(split.held, mean, split.train, None, np.zeros(N, int)).total()
+    whole = sums_of(split.held, mean, split.train, None, np.zeros(N, int))[0].total()
     assert float(overall_gain(whole)) == pytest.approx(gain)
 
 
@@ -130,7 +132,7 @@ def test_shallow_cells_do_not_look_more_alike(depth: int, spread: float) -> None
     guess = truth * other
     truth, guess = (value / value.sum(1, keepdims=True) for value in (truth, guess))
     split = metrics.thin(sp.csr_matrix(rng.poisson(truth * depth).astype(np.float32)), 0.9, random_state=0)
-    judged, _, _ = reliability(split.held, guess.astype(np.float32), split.train, None, rng)
+    judged, _, _, _ = reliability(split.held, guess.astype(np.float32), split.train, None, rng)
     expected = np.median(metrics.gene_pearson(truth, guess))
     assert judged["true_correlation"].median() == pytest.approx(expected, abs=0.12)
 
@@ -143,7 +145,7 @@ def test_other_panels_do_not_look_like_a_gain() -> None:
     measured[N // 2 :, : G // 3] = False
     split = metrics.thin(sp.csr_matrix(counts * measured), 0.9, random_state=0)
     share = gene_shares(split.train, ~measured)
-    judged, gain, error = reliability(split.held, np.tile(share, (N, 1)), split.train, ~measured, rng)
+    judged, _, gain, error = reliability(split.held, np.tile(share, (N, 1)), split.train, ~measured, rng)
     assert (judged["reliability"] == "reliable").sum() == 0
     assert (judged["reliability"] == LEVELS[0]).mean() > 0.9
     assert gain < 2 * error
@@ -152,7 +154,7 @@ def test_other_panels_do_not_look_like_a_gain() -> None:
 def test_too_few_cells_say_nothing(drawn) -> None:
     share, counts = drawn
     split = metrics.thin(counts[:15], 0.9, random_state=0)
-    judged, _, error = reliability(
+    judged, _, _, error = reliability(
         split.held, share[:15].astype(np.float32), split.train, None, np.random.default_rng(0)
     )
     assert (judged["reliability"] == LEVELS[0]).all()

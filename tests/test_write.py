@@ -15,6 +15,8 @@ from spaformer_sc._keys import Keys
 from spaformer_sc._write import check_path, write_atomically, write_result
 from tests.conftest import contents, sha256
 
+SLOTS = {"layers/mine", "obsm/X_mine", "var/mine_pearson", "obs/mine_depth", "uns/mine"}
+
 
 @pytest.fixture
 def tissue(shared_tissue):
@@ -30,6 +32,7 @@ def results(adata, value=1.0):
         "expression": np.full(adata.shape, value, np.float32),
         "embedding": np.full((adata.n_obs, 3), value, np.float32),
         "gene_scores": pd.DataFrame({"pearson": np.full(adata.n_vars, value)}, index=adata.var_names[::-1]),
+        "cell_scores": pd.DataFrame({"depth": np.full(adata.n_obs, value)}, index=adata.obs_names[::-1]),
         "record": {"params": {"spaformer_sc": "0", "value": value}},
     }
 
@@ -45,15 +48,30 @@ def test_results_go_into_their_slots(tissue):
     before = contents(tissue)
     write_result(tissue, Keys("mine"), **results(tissue))
     after = contents(tissue)
-    assert after.keys() - before.keys() == {"layers/mine", "obsm/X_mine", "var/mine_pearson", "uns/mine"}
+    assert after.keys() - before.keys() == {
+        "layers/mine",
+        "obsm/X_mine",
+        "var/mine_pearson",
+        "obs/mine_depth",
+        "uns/mine",
+    }
     assert {place: after[place] for place in before} == before
+
+
+def test_an_earlier_standard_deviation_does_not_outlive_its_result(tissue):
+    write_result(tissue, Keys(), **results(tissue), sd=np.ones(tissue.shape, np.float32))
+    assert "spaformer_sd" in tissue.layers
+    write_result(tissue, Keys(), **results(tissue, 2.0))
+    assert "spaformer_sd" not in tissue.layers
 
 
 def test_scores_are_taken_by_place_not_by_name(tissue):
     given = results(tissue)
+    given["cell_scores"]["depth"] = np.arange(tissue.n_obs, dtype=float)
     given["gene_scores"]["pearson"] = np.arange(tissue.n_vars, dtype=float)
     write_result(tissue, Keys(), **given)
     np.testing.assert_array_equal(tissue.var["spaformer_pearson"], np.arange(tissue.n_vars))
+    np.testing.assert_array_equal(tissue.obs["spaformer_depth"], np.arange(tissue.n_obs))
 
 
 def test_a_view_becomes_an_object_of_its_own(tissue):
@@ -65,7 +83,7 @@ def test_a_view_becomes_an_object_of_its_own(tissue):
     assert contents(tissue) == before
 
 
-@pytest.mark.parametrize("wrong", ["expression", "embedding", "gene_scores"])
+@pytest.mark.parametrize("wrong", ["expression", "embedding", "gene_scores", "cell_scores"])
 @pytest.mark.parametrize("earlier", [False, True])
 def test_all_or_nothing(tissue, wrong, earlier):
     if earlier:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ._plots import history, imputed, reliability
+from ._plots import calibration, history, imputed, reliability
 
-__all__ = ["history", "imputed", "reliability"]
+__all__ = ["calibration", "history", "imputed", "reliability"]

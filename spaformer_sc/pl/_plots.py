@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from spaformer_sc import _checks
 from spaformer_sc._keys import Keys
+from spaformer_sc._result import known_of
+from spaformer_sc.training.posterior import standard_deviation
 from spaformer_sc.training.reliability import LEVELS
 
 if TYPE_CHECKING:
@@ -31,10 +33,12 @@ def imputed(
     size: float | None = None,
     cmap: str = "viridis",
 ) -> NDArray[Any]:
-    """Draw observed and imputed expression of genes side by side in space.
+    """Draw observed and imputed expression of genes, and what is uncertain of it, side by side in space.
 
     The observed counts are those that were imputed from, in the scale of the imputed layer; what was not measured is
-    left out. The title of the imputed panel has the verdict of the gene.
+    left out. The title of the imputed panel has the verdict of the gene. Uncertainty is the standard deviation of the
+    posterior of each entry, in the same scale and, up to its own largest values, the same colours; it is left out where
+    the result has none (the Gaussian decoder; ``zeros="keep"`` without ``sd=True``).
 
     Parameters
     ----------
@@ -53,14 +57,15 @@ def imputed(
 
     Returns
     -------
-    Axes (genes × 2).
+    Axes (genes × 3, or × 2 without uncertainty).
 
     Raises
     ------
     KeyError
         If there is no result of this name, or no such gene or field of view.
     ValueError
-        If a gene was not imputed, or a field of view is asked for where the result knows of none.
+        If a gene was not imputed, counts have changed since, or a field of view is asked for where the result knows of
+        none.
 
     Examples
     --------
@@ -76,7 +81,7 @@ def imputed(
     columns = _checks.check_genes(adata, names)
     _checks.check_imputed(names, params["genes"])
     cells = _cells_of(adata, params, fov)
-    counts = adata.X if params["layer"] is None else adata.layers[params["layer"]]
+    counts = _checks.counts_of_result(adata, params)
     observed = _scaled(counts, cells, columns, params["output"], float(params["target_sum"]))
     prediction = np.asarray(adata.layers[keys.layer][:, columns])[cells]
     if params["missing"] is not None:
@@ -84,17 +89,27 @@ def imputed(
     shown = AnnData(observed, var={"gene": names})
     shown.var_names = names
     shown.layers["imputed"] = prediction
+    sd = _uncertainty(adata, names, key_added)
+    panels: list[tuple[str | None, NDArray[np.float32]]] = [(None, observed), ("imputed", prediction)]
+    if sd is not None:
+        shown.layers["uncertainty"] = sd[cells]
+        panels.append(("uncertainty", sd[cells]))
     shown.obs["part"] = pd.Categorical(["all"] * len(cells))  # squidpy warns where it is not told of one
     shown.obsm["spatial"] = np.asarray(adata.obsm[params["spatial_key"]])[cells][:, :2]
     size = float(np.clip(60000 / len(cells), 2, 60)) if size is None else size
-    figure, axes = plt.subplots(len(names), 2, figsize=(9, 3.8 * len(names)), squeeze=False, layout="constrained")
+    shape = len(names), len(panels)
+    figure, axes = plt.subplots(*shape, figsize=(4.5 * shape[1], 3.8 * shape[0]), squeeze=False, layout="constrained")
     verdicts = adata.var[keys.var("reliability")]
     for row, gene, column in zip(axes, names, columns, strict=True):
         zeros = np.mean(observed[np.isfinite(observed[:, names.index(gene)]), names.index(gene)] == 0)
-        titles = f"{gene}: observed ({zeros:.0%} zeros)", f"imputed, {params['output']} ({verdicts.iloc[column]})"
-        for ax, layer, title in zip(row, (None, "imputed"), titles, strict=True):
-            values = (observed if layer is None else prediction)[:, names.index(gene)]
-            top = max(float(np.nanquantile(values, 0.995)), 1e-9)
+        titles = (
+            f"{gene}: observed ({zeros:.0%} zeros)",
+            f"imputed, {params['output']} ({verdicts.iloc[column]})",
+            "uncertainty (standard deviation)",
+        )
+        for ax, (layer, panel), title in zip(row, panels, titles, strict=False):
+            values = panel[:, names.index(gene)]
+            top = max(float(np.nanquantile(values, 0.995)), 1e-9) if np.isfinite(values).any() else 1.0
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PendingDeprecationWarning)  # of matplotlib, for squidpy
                 sq.pl.spatial_scatter(
@@ -151,6 +166,52 @@ def reliability(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
     return ax
 
 
+def calibration(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = None) -> Axes:
+    """Draw how often intervals cover held-out counts, against how often they should.
+
+    A line for each third of the genes, by their total counts. Counts are discrete, and each end of an interval belongs
+    to it with such a probability that its level is exact (randomised intervals): lines on the diagonal are right, below
+    it intervals are too short. The counts were seen neither by training nor by the fit of the posterior; count
+    intervals of :func:`spaformer_sc.tl.interval` are corrected by what is seen here over all genes.
+
+    Parameters
+    ----------
+    adata
+        Result of :func:`spaformer_sc.tl.impute`; not changed.
+    key_added
+        Name of the result.
+    ax
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    The axes.
+
+    Raises
+    ------
+    KeyError
+        If there is no result of this name.
+    ValueError
+        If it has no intervals, or too few counts were held out to say how often they cover.
+    """
+    import matplotlib.pyplot as plt
+
+    posterior = _checks.check_result(adata, Keys(key_added).uns).get("posterior")
+    if posterior is None or not posterior["n_scored"]:
+        raise ValueError(
+            f"`key_added={key_added!r}`: nothing is known of the coverage of intervals: "
+            + ("the Gaussian decoder gives none." if posterior is None else "too few transcripts were held out.")
+        )
+    ax = plt.subplots(figsize=(4.5, 4), layout="constrained")[1] if ax is None else ax
+    ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
+    for name, covered in posterior["strata"].items():
+        ax.plot(posterior["levels"], covered, label=name)
+    ax.set_xlabel("level of the intervals")
+    ax.set_ylabel("share of held-out counts inside")
+    ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
 def history(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = None) -> Axes:
     """Draw the score on what was held out over the steps of training, a line for each network.
 
@@ -189,6 +250,18 @@ def history(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = N
     ax.set_ylabel("held out: nats per transcript over gene means")
     ax.legend(title="network", fontsize=8, frameon=False)
     return ax
+
+
+def _uncertainty(adata: AnnData, names: list[str], key_added: str) -> NDArray[np.float32] | None:
+    """Standard deviation of each entry's posterior (cells × genes), None where the result has none."""
+    keys = Keys(key_added)
+    record = adata.uns[keys.uns]
+    if keys.sd in adata.layers:
+        return np.asarray(adata.layers[keys.sd][:, adata.var_names.get_indexer(names)], dtype=np.float32)
+    if record.get("posterior") is None or record["params"]["zeros"] != "impute":
+        return None
+    known = known_of(adata, names, key_added)
+    return standard_deviation(known.mean, known.shape, record["params"]["output"], known.target_sum, known.depth)
 
 
 def _cells_of(adata: AnnData, params: dict[str, Any], fov: str | None) -> NDArray[np.int64]:

@@ -1,9 +1,10 @@
-"""Tools: impute, and explain what was imputed."""
+"""Tools: impute, say what is known of what was imputed, and explain it."""
 
 from __future__ import annotations
 
 from spaformer_sc.interpret import attribution, reach
 
 from ._impute import impute
+from ._uncertainty import detection, interval, sample
 
-__all__ = ["attribution", "impute", "reach"]
+__all__ = ["attribution", "detection", "impute", "interval", "reach", "sample"]

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
 from spaformer_sc import __version__, _checks
-from spaformer_sc._config import OUTPUTS
+from spaformer_sc._config import OUTPUTS, ZEROS
 from spaformer_sc._keys import Keys
 from spaformer_sc._logging import logger
 from spaformer_sc._write import check_path, write_atomically, write_result
-from spaformer_sc.model import SpaFormer
+from spaformer_sc.model import Prediction, SpaFormer
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -31,6 +33,10 @@ SCORES = (
     "held_out",
     "reliability",
 )
+OF_CELLS = ("depth", "gain", "gain_se", "reliability")
+BACK = ("dispersion", "dispersion_missing")
+LEAST_DETECTION = 0.05
+"""Probability that an observed zero would be a count in a second measurement, below which ``zeros="keep"`` keeps it."""
 
 
 def impute(
@@ -59,6 +65,7 @@ def impute(
     target_sum: float | None = None,
     missing: str | None = None,
     zeros: str = "impute",
+    sd: bool = False,
     key_added: str = "spaformer",
     output_path: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -139,7 +146,11 @@ def impute(
         Layer that is True where a gene was not measured in a cell (as when panels differ between FOVs); what it marks
         is not taken for zero.
     zeros
-        ``"impute"``: every entry is imputed, zeros included. The only choice so far.
+        ``"impute"``: every entry is imputed, zeros included. ``"keep"``: an observed zero stays 0 where a second
+        measurement at the same depth would find it again with a probability of 0.95 or more
+        (:func:`spaformer_sc.tl.detection`); intervals and draws are not to be had then.
+    sd
+        Also write the standard deviation of the posterior of each entry, as large a layer again.
     key_added
         Name of all that is written.
     output_path
@@ -161,6 +172,9 @@ def impute(
 
     ``adata.layers[key_added]`` : float32 (cells × genes)
         Imputed expression in the scale of ``output``. Cells without counts are 0 (``"rate"`` excepted).
+    ``adata.layers[key_added + "_sd"]`` : float32 (cells × genes), with ``sd``
+        Standard deviation of the posterior in the same scale; for ``"lognorm"`` to first order. NaN in cells without
+        counts.
     ``adata.obsm["X_" + key_added]`` : float32 (cells × n_latent)
         Latent space, for ``sc.pp.neighbors(adata, use_rep="X_spaformer")``; that of the first network.
     ``adata.var[key_added + "_pearson"]`` : float64 (genes)
@@ -184,8 +198,20 @@ def impute(
         mean, the cell's depth, and its count there), or fewer than 10 transcripts were held out; ``"reliable"``: the
         gain lies more than 3 standard errors above 0, and the true correlation is estimated to be 0.5 or more;
         ``"weak"``: in between. In shallow data many genes that are imputed well cannot be shown to be.
+    ``adata.var[key_added + "_dispersion"]``, ``…_dispersion_missing`` : float64 (genes)
+        What leads from ``"lognorm"`` back to expected counts, where measured and where not; else NaN. Read by
+        :func:`spaformer_sc.tl.interval` and others.
+    ``adata.obs[key_added + "_depth"]`` : float32 (cells)
+        Depth that expected counts refer to: the library size, or, where entries are missing, an estimate of what it
+        would be over all genes.
+    ``adata.obs[key_added + "_gain"]``, ``…_gain_se`` : float64 (cells)
+        Log-likelihood gained over the gene mean, in nats per held-out transcript, and its standard error, of about 50
+        cells that are closest in the latent space, since a single cell has too few held-out transcripts.
+    ``adata.obs[key_added + "_reliability"]`` : categorical (cells)
+        As for genes, of these cells together, but without a demand on correlation.
     ``adata.uns[key_added]`` : dict
-        ``params``; ``history`` of the training; ``scores`` over all genes.
+        ``params``; ``history`` of the training; ``scores`` over all genes; ``fovs``, scores of each field of view;
+        ``posterior``, what intervals rest on (None with the Gaussian decoder).
 
     Raises
     ------
@@ -205,7 +231,9 @@ def impute(
     """
     _checks.check_adata(adata)
     _checks.check_choice("output", output, OUTPUTS)
-    for name, value, only in (("zeros", zeros, "impute"), ("resume", resume, False), ("devices", devices, 1)):
+    _checks.check_choice("zeros", zeros, ZEROS)
+    _checks.check_flag("sd", sd)
+    for name, value, only in (("resume", resume, False), ("devices", devices, 1)):
         if value != only:
             raise ValueError(f"`{name}={value!r}` is not available yet; leave it at {only!r}.")
     _checks.check_flag("copy", copy)
@@ -218,7 +246,12 @@ def impute(
             "`adata` is a view; results are written to a copy of it. Keep the view in a variable to have them."
         )
     keys = Keys(key_added)
-    slots = [("layers", keys.layer), ("obsm", keys.embedding), *(("var", keys.var(score)) for score in SCORES)]
+    slots = [
+        *(("layers", name) for name in (keys.layer, keys.sd)),
+        ("obsm", keys.embedding),
+        *(("var", keys.var(score)) for score in (*SCORES, *BACK)),
+        *(("obs", keys.obs(score)) for score in OF_CELLS),
+    ]
     _checks.check_key_added(adata, key_added, slots=slots, mark="spaformer_sc")
     if target_sum is not None:
         target_sum = _checks.check_positive("target_sum", target_sum)
@@ -249,33 +282,50 @@ def impute(
         random_state=random_state,
         progress=progress,
     )
+    if model.settings.decoder == "gaussian" and (sd or zeros == "keep"):
+        wanted = "sd=True" if sd else "zeros='keep'"
+        raise ValueError(
+            f"`{wanted}` needs a distribution of counts: decoder='nb', 'poisson' or 'zinb', not 'gaussian'."
+        )
     prediction = model.fit_predict(adata, output=output, target_sum=target_sum, columns=columns)
-    expression = prediction.expression
-    if columns is not None:
-        expression = np.full(adata.shape, np.nan, dtype=np.float32)
-        expression[:, columns] = prediction.expression
+    target_sum = target_sum or model.target_sum
+    deviation = None
+    if sd or zeros == "keep":
+        deviation = _judge_entries(adata, model, prediction, output, target_sum, columns, keep=zeros == "keep")
+    gene_scores = model.gene_scores[list(SCORES)].copy()
+    for number, name in enumerate(BACK):
+        back = np.full(prediction.expression.shape[1], np.nan)
+        back = back if prediction.dispersion is None else prediction.dispersion[:, number]
+        gene_scores[name] = _among_all(back, columns, adata.n_vars)
     if copy:
         adata = adata.to_memory() if adata.isbacked else adata.copy()
     write_result(
         adata,
         keys,
-        expression=expression,
+        expression=_among_all(prediction.expression, columns, adata.n_vars),
         embedding=prediction.embedding,
-        gene_scores=model.gene_scores[list(SCORES)],
+        gene_scores=gene_scores,
+        cell_scores=model.cell_scores.assign(depth=prediction.depth)[list(OF_CELLS)],
         record={
             "params": {
                 "spaformer_sc": __version__,
                 "output": output,
-                "target_sum": float(target_sum or model.target_sum),
+                "target_sum": float(target_sum),
                 "genes": "all" if columns is None else [str(name) for name in adata.var_names[columns]],
                 "key_added": key_added,
                 "preset": preset,
                 "quality": quality,
+                "zeros": zeros,
+                "n_genes": adata.n_vars,
                 **model.parameters(),
             },
             "history": model.history,
             "scores": model.scores,
+            "fovs": {"fov": [str(name) for name in model.fov_scores.index]}
+            | {name: _listed(model.fov_scores[name]) for name in model.fov_scores},
+            "posterior": None if model.posterior is None else model.posterior.to_dict(),
         },
+        sd=_among_all(deviation, columns, adata.n_vars) if sd and deviation is not None else None,
     )
     scores = model.scores
     if np.isnan(scores["gain_over_baseline_se"]):
@@ -298,3 +348,52 @@ def impute(
         write_atomically(adata, output_path)
         logger.info("wrote %s", os.fspath(output_path))
     return adata if copy else None
+
+
+def _judge_entries(
+    adata: AnnData,
+    model: SpaFormer,
+    prediction: Prediction,
+    output: str,
+    target_sum: float,
+    columns: NDArray[np.int64] | None,
+    *,
+    keep: bool,
+) -> NDArray[np.float32]:
+    """Standard deviation of each entry's posterior (cells × genes); with ``keep``, confident zeros are made 0."""
+    from spaformer_sc.metrics._protocols import row_blocks
+    from spaformer_sc.training.posterior import detection, expected_counts, standard_deviation
+
+    if model.posterior is None:
+        raise ValueError("a Gaussian decoder knows no distribution of counts")
+    chosen = slice(None) if columns is None else columns
+    counts = _checks.read_counts(adata, model.keys.layer)[:, chosen]
+    missing = _checks.check_layer_of_missing(adata, model.keys.missing)
+    found = np.empty_like(prediction.expression)
+    for rows in row_blocks(found.shape):
+        own = counts[rows].toarray()
+        hidden = None if missing is None else missing[rows][:, chosen]
+        if hidden is not None:
+            own[hidden] = 0
+        values, depth = prediction.expression[rows], prediction.depth[rows].astype(np.float64)
+        mean = expected_counts(values, output, target_sum, depth, prediction.dispersion, hidden)
+        shape = model.posterior.shape(mean, own, hidden)
+        found[rows] = standard_deviation(mean, shape, output, target_sum, depth)
+        if keep:
+            confident = (own == 0) & (detection(mean, shape) < LEAST_DETECTION)
+            values[confident if hidden is None else confident & ~hidden] = 0
+    return found
+
+
+def _among_all(values: NDArray[Any], columns: NDArray[np.int64] | None, n_genes: int) -> NDArray[Any]:
+    """Values of some genes (…, columns) among all (…, n_genes), NaN elsewhere."""
+    if columns is None:
+        return values
+    wide = np.full((*values.shape[:-1], n_genes), np.nan, dtype=values.dtype)
+    wide[..., columns] = values
+    return wide
+
+
+def _listed(column: pd.Series) -> list[Any]:
+    """Values of a column as a list of plain ones."""
+    return list(column.astype(str)) if isinstance(column.dtype, pd.CategoricalDtype) else column.tolist()

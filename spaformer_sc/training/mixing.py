@@ -156,6 +156,23 @@ class HeldEntries:
             found.append(network.decoder.lognorm(decoded, depth, self._target_sum)[rows, cols].double().cpu().numpy())
         return np.concatenate(found)
 
+    @torch.inference_mode()
+    def expected(self, networks: Sequence[Network], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Expected counts of the held-out entries (entries,), as the weighted mean of networks."""
+        found = []
+        for (_, tokens), (rows, cols) in zip(self.fields, self._entries, strict=True):
+            total = np.zeros(len(rows))
+            for network, weight in zip(networks, weights, strict=True):
+                share = network.decoder.share(network(tokens).decoded)
+                total += weight * (share * tokens.full_depth(share)[:, None])[rows, cols].double().cpu().numpy()
+            found.append(total)
+        return np.concatenate(found)
+
+    @property
+    def counts(self) -> NDArray[np.float64]:
+        """Counts of the held-out entries (entries,)."""
+        return np.concatenate([count.numpy() for count in self._counts]).astype(np.float64)
+
     def weights(self, predicted: NDArray[np.float64]) -> NDArray[np.float64]:
         """Shares of predictions (networks, entries) in their mean that give the least squared error of the values."""
         gram, moment = predicted @ predicted.T, predicted @ self.values

@@ -44,6 +44,11 @@ LEAST_CORRELATION = 0.5
 LEAST_DEPTH = 0.2
 """Depth, in that of the median cell, below which a cell is left out of the correlation with the truth: where it
 has few transcripts, each makes a relative expression that outweighs all others."""
+GAINS = ("gain", "gain_over_prior", "gain_over_posterior")
+"""Log-likelihood gained over the gene mean, and over the two other candidates for the baseline."""
+ALIKE = 50
+"""Number of cells that a cell is judged together with, about: one has too few held-out transcripts."""
+_MOST_KINDS = 500
 _N_BINS = 50
 _EXPONENTS = np.arange(-0.5, 2.51, 0.05)
 _FLOOR = 1e-8
@@ -117,7 +122,7 @@ def sums_of(
     train: sp.csr_matrix,
     measured: NDArray[np.bool_] | None,
     groups: NDArray[np.int64],
-) -> Sums:
+) -> tuple[Sums, FloatArray]:
     r"""Sum over cells what the scores are made of.
 
     With :math:`x` the held-out counts, :math:`y` the counts of the fit, :math:`D` their sums over a cell, :math:`\rho`
@@ -134,6 +139,10 @@ def sums_of(
         Which entries were measured (cells, genes), or None.
     groups
         Group of each cell (cells,), from 0.
+
+    Returns
+    -------
+    The sums; and of :data:`GAINS` the sums over the genes of each cell (gains, cells).
     """
     n_groups, n_genes = int(groups.max()) + 1, held.shape[1]
     depth = np.asarray(train.sum(axis=1), dtype=np.float64).ravel()
@@ -158,12 +167,17 @@ def sums_of(
     library = np.asarray(held.sum(axis=1), dtype=np.float64).ravel()
     target_sum = float(np.median(library[library > 0]))
     found = {name: np.zeros((n_groups, n_genes)) for name in Sums.__dataclass_fields__}
+    by_cell = {name: np.zeros(held.shape[0]) for name in GAINS}
 
     def add(name: str, values: FloatArray, rows: slice) -> None:
+        if name in by_cell:
+            by_cell[name][rows] += values.sum(axis=1)
         members = np.ones(len(values)), (groups[rows], np.arange(len(values)))
         found[name] += sp.csr_matrix(members, (n_groups, len(values))) @ values
 
     def add_entries(name: str, matrix: sp.coo_matrix, values: FloatArray, rows: slice) -> None:
+        if name in by_cell:
+            by_cell[name][rows] += np.bincount(matrix.row, weights=values, minlength=matrix.shape[0])
         index = groups[rows][matrix.row] * n_genes + matrix.col
         found[name] += np.bincount(index, weights=values, minlength=n_groups * n_genes).reshape(n_groups, n_genes)
 
@@ -211,7 +225,7 @@ def sums_of(
         add_entries("truth_square", x, truth**2, rows)
         add_entries("product", x, truth * guess[at], rows)
         add_entries("seen_square", y, _pairs(y, d[y.row, 0]) / (d[y.row, 0] * prior[own]) * y_deep, rows)
-    return Sums(**found)
+    return Sums(**found), np.stack(list(by_cell.values()))
 
 
 def _pairs(counts: sp.coo_matrix, depth: FloatArray) -> FloatArray:
@@ -304,7 +318,7 @@ def gain_over_baseline(sums: dict[str, FloatArray]) -> FloatArray:
 
 def _over_better(sums: dict[str, FloatArray]) -> FloatArray:
     """Gain over the best of gene mean, prior and posterior: exponent and variance may have been taken from noise."""
-    return np.asarray(np.minimum.reduce([sums[name] for name in ("gain", "gain_over_prior", "gain_over_posterior")]))
+    return np.asarray(np.minimum.reduce([sums[name] for name in GAINS]))
 
 
 def jackknife(sums: Sums, score: Callable[[dict[str, FloatArray]], FloatArray]) -> FloatArray:
@@ -322,7 +336,7 @@ def reliability(
     train: sp.csr_matrix,
     missing: NDArray[np.bool_] | None,
     rng: np.random.Generator,
-) -> tuple[pd.DataFrame, float, float]:
+) -> tuple[pd.DataFrame, FloatArray, float, float]:
     """Judge each gene by counts that the fit has not seen.
 
     Parameters
@@ -342,12 +356,13 @@ def reliability(
     -------
     A data frame (genes) with ``pearson_se`` and ``deviance_explained_se``; ``true_correlation``
     (:func:`true_correlation`) and its ``true_correlation_se``; and ``reliability``, a categorical of :data:`LEVELS`.
-    And the gain over the baseline over all genes, in nats per held-out transcript, with its standard error.
+    Then :data:`GAINS` of each cell (gains, cells), in nats; and the gain over the baseline over all genes, in nats per
+    held-out transcript, with its standard error.
     """
     cells = np.flatnonzero(np.asarray(train.sum(axis=1)).ravel() > 0)
     groups = np.zeros(held.shape[0], dtype=np.int64)
     groups[cells] = rng.permutation(len(cells)) % N_GROUPS
-    sums = sums_of(held, rates, train, None if missing is None else ~missing, groups)
+    sums, of_cells = sums_of(held, rates, train, None if missing is None else ~missing, groups)
     total = sums.total()
     correlation, gain = true_correlation(total), gain_over_baseline(total)
     error = jackknife(sums, gain_over_baseline)
@@ -363,7 +378,66 @@ def reliability(
             "reliability": pd.Categorical.from_codes(level, categories=list(LEVELS), ordered=True),
         }
     )
-    return genes, float(overall_gain(total)), float(jackknife(sums, overall_gain))
+    return genes, of_cells, float(overall_gain(total)), float(jackknife(sums, overall_gain))
+
+
+def groups_alike(embedding: NDArray[np.float32], seed: int) -> NDArray[np.int64]:
+    """Groups of about :data:`ALIKE` cells that lie together in the latent space, by k-means (cells,)."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    n_groups = int(np.clip(len(embedding) // ALIKE, 1, _MOST_KINDS))
+    means = MiniBatchKMeans(n_groups, random_state=seed % 2**32, n_init=1, reassignment_ratio=0.0)
+    return np.asarray(means.fit_predict(embedding), dtype=np.int64)
+
+
+def scores_of_groups(gains: FloatArray, held_out: FloatArray, groups: NDArray[np.int64]) -> pd.DataFrame:
+    """Score groups of cells by counts that the fit has not seen.
+
+    Parameters
+    ----------
+    gains
+        :data:`GAINS` of each cell (gains, cells), in nats.
+    held_out
+        Held-out transcripts of each cell (cells,).
+    groups
+        Group of each cell (cells,), from 0.
+
+    Returns
+    -------
+    A data frame (groups) with ``n_cells`` and ``held_out``; ``gain`` over the gene mean and ``gain_over_baseline``, in
+    nats per held-out transcript, with standard errors ``…_se`` from the spread between cells; and ``reliability``, a
+    categorical of :data:`LEVELS`: a gain over the baseline of more than 1.73 standard errors is ``weak``, of more than
+    3 ``reliable``.
+    """
+    n = np.bincount(groups)
+    total = np.bincount(groups, weights=held_out)
+
+    def score(values: FloatArray) -> tuple[FloatArray, FloatArray]:
+        summed = np.bincount(groups, weights=values, minlength=len(n))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = summed / total
+            rest = values - share[groups] * held_out
+            spread = np.bincount(groups, weights=rest**2, minlength=len(n)) * n / (n - 1)
+            return share, np.sqrt(spread) / total
+
+    (gain, gain_se), *others = (score(values) for values in gains)
+    over, over_se = gain, gain_se
+    for other, other_se in others:
+        smaller = other < over
+        over, over_se = np.where(smaller, other, over), np.where(smaller, other_se, over_se)
+    level = (total >= LEAST_HELD) & (over > CLEARLY * over_se)
+    level = level.astype(int) + (level & (over > SURELY * over_se))
+    return pd.DataFrame(
+        {
+            "n_cells": n,
+            "held_out": total.astype(np.int64),
+            "gain": gain,
+            "gain_se": gain_se,
+            "gain_over_baseline": over,
+            "gain_over_baseline_se": over_se,
+            "reliability": pd.Categorical.from_codes(level, categories=list(LEVELS), ordered=True),
+        }
+    )
 
 
 def overall_gain(sums: dict[str, FloatArray]) -> FloatArray:

@@ -17,7 +17,7 @@ from spaformer_sc.metrics import (
     poisson_gain_per_gene,
 )
 
-from .reliability import LEVELS, reliability
+from .reliability import GAINS, LEVELS, reliability
 
 FLOOR = 0.01
 """Smallest predicted share of a gene in the stopping score, relative to the gene's mean share."""
@@ -84,8 +84,8 @@ def held_out_scores(
     train: sp.csr_matrix,
     missing: NDArray[np.bool_] | None,
     rng: np.random.Generator,
-) -> tuple[dict[str, float], pd.DataFrame]:
-    """Score predicted rates on held-out counts, over all genes and per gene.
+) -> tuple[dict[str, float], pd.DataFrame, NDArray[np.float64]]:
+    """Score predicted rates on held-out counts, over all genes, per gene and per cell.
 
     Parameters
     ----------
@@ -103,9 +103,9 @@ def held_out_scores(
     Returns
     -------
     Overall scores ``gain`` (nats per held-out transcript over gene means), ``deviance_explained``, ``median_pearson``
-    (over genes), ``gain_over_baseline`` with its standard error, and whether it lies two of these above 0; and a data
+    (over genes), ``gain_over_baseline`` with its standard error, and whether it lies two of these above 0; a data
     frame with ``pearson``, ``deviance_explained``, ``gain``, ``held_out`` (transcripts) and what
-    :func:`.reliability.reliability` says of each gene.
+    :func:`.reliability.reliability` says of each gene; and the gains of each cell (:data:`.reliability.GAINS`, cells).
     """
     measured = None if missing is None else ~missing
     held_out = np.asarray(held.sum(axis=0)).ravel().astype(np.int64)
@@ -116,8 +116,9 @@ def held_out_scores(
         per_gene = pd.DataFrame({**dict.fromkeys((*numbers, *with_errors), math.nan), "held_out": held_out})
         codes = np.zeros(len(held_out), dtype=np.int8)
         per_gene["reliability"] = pd.Categorical.from_codes(codes, categories=list(LEVELS), ordered=True)
-        return {**dict.fromkeys(overall_names, math.nan), "better_than_baseline": False}, per_gene
-    judged, gain, error = reliability(held, rates, train, missing, rng)
+        nothing = np.full((len(GAINS), held.shape[0]), math.nan)
+        return {**dict.fromkeys(overall_names, math.nan), "better_than_baseline": False}, per_gene, nothing
+    judged, of_cells, gain, error = reliability(held, rates, train, missing, rng)
     per_gene = pd.DataFrame(
         {
             "pearson": gene_pearson_lognorm(held, rates, measured=measured),
@@ -136,7 +137,7 @@ def held_out_scores(
         "gain_over_baseline_se": error,
         "better_than_baseline": bool(gain > 2 * error),
     }
-    return overall, per_gene
+    return overall, per_gene, of_cells
 
 
 def scores_of_neighbours(

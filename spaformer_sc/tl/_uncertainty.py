@@ -1,0 +1,195 @@
+"""What is known of imputed entries beyond their mean: intervals, draws, and zeros that would not stay zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spaformer_sc import _checks
+from spaformer_sc._result import known_of
+from spaformer_sc.training.posterior import count_interval, mean_interval
+from spaformer_sc.training.posterior import detection as detection_of
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+OF = ("count", "rate")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Intervals of the entries of an imputed matrix.
+
+    Attributes
+    ----------
+    lower, upper
+        Ends, both inside (cells × genes): int32 for counts, float64 for rates.
+    level
+        Share of the entries that they are meant to hold.
+    genes
+        Names of the genes, in order.
+    """
+
+    lower: NDArray[Any]
+    upper: NDArray[Any]
+    level: float
+    genes: list[str]
+
+    def __repr__(self) -> str:
+        return f"Interval({self.level:.0%}, {len(self.lower)} cells × {len(self.genes)} genes)"
+
+
+def interval(
+    adata: AnnData,
+    genes: str | Sequence[str] | None = None,
+    level: float = 0.9,
+    *,
+    of: str = "count",
+    key_added: str = "spaformer",
+) -> Interval:
+    r"""Say between which values a new count, or the rate, lies.
+
+    The expected count of an entry has a gamma posterior whose mean is what was imputed and whose shape was fitted to
+    held-out counts; a new count is negative binomial. The level of count intervals is set by how often they covered
+    other held-out counts (split conformal prediction: Vovk et al. 2005). Counts are discrete: the interval is the
+    shortest that holds the count with at least the probability asked for, and most often holds it with more.
+
+    Parameters
+    ----------
+    adata
+        Result of :func:`spaformer_sc.tl.impute`, with the counts it was made from; not changed.
+    genes
+        One name or several; all imputed ones by default.
+    level
+        Share of the entries to hold, between 0 and 1.
+    of
+        ``"count"``: a new count of the gene in the cell, measured once more at the same depth. ``"rate"``: the rate
+        itself, in the scale of ``output="rate"`` (share of the cell's transcripts times ``target_sum``): a central
+        credible interval, with equal tails, without conformal correction, since true rates are never seen.
+    key_added
+        Name of the result.
+
+    Returns
+    -------
+    An object with ``lower`` and ``upper``, both inside the interval (cells × genes). For cells without counts, new
+    counts lie in [0, 0] and rates are NaN.
+
+    Raises
+    ------
+    KeyError
+        If there is no such result, or no such gene.
+    ValueError
+        If ``level`` or ``of`` cannot be, a gene was not imputed, the result knows no distribution of counts (the
+        Gaussian decoder, or ``zeros="keep"``), or the counts have changed since.
+
+    Examples
+    --------
+    >>> found = sf.tl.interval(adata, ["EPCAM", "VIM"], level=0.9)
+    >>> found.lower, found.upper
+    """
+    level = _checks.check_share("level", level)
+    _checks.check_choice("of", of, OF)
+    known = known_of(adata, genes, key_added)
+    if of == "count":
+        lower, upper = count_interval(known.mean, known.shape, known.posterior.level_for(level))
+        return Interval(lower, upper, level, known.genes)
+    low, high = mean_interval(known.mean, known.shape, level)
+    return Interval(low * known.per_count, high * known.per_count, level, known.genes)
+
+
+def sample(
+    adata: AnnData,
+    genes: str | Sequence[str] | None = None,
+    n: int = 100,
+    *,
+    of: str = "rate",
+    key_added: str = "spaformer",
+    random_state: int = 0,
+) -> NDArray[np.float32]:
+    """Draw from the posterior of imputed entries.
+
+    Entries are drawn independently of one another: draws carry what is uncertain of single entries, but not what the
+    model has wrong in all cells of a kind together. Means over many cells vary less between draws than they are
+    uncertain; ``docs/trust.md`` says what that does to tests of differential expression.
+
+    Parameters
+    ----------
+    adata
+        Result of :func:`spaformer_sc.tl.impute`, with the counts it was made from; not changed.
+    genes
+        One name or several; all imputed ones by default.
+    n
+        Number of draws.
+    of
+        ``"rate"``: the rate, in the scale of ``output="rate"``. ``"count"``: a new count at the same depth.
+    key_added
+        Name of the result.
+    random_state
+        Seed.
+
+    Returns
+    -------
+    Draws, float32 (n × cells × genes). In cells without counts, counts are 0 and rates NaN.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As in :func:`interval`.
+
+    Examples
+    --------
+    >>> draws = sf.tl.sample(adata, ["EPCAM"], n=20)
+    """
+    n = _checks.check_integer("n", n)
+    _checks.check_choice("of", of, OF)
+    rng = np.random.default_rng(_checks.check_integer("random_state", random_state, minimum=0))
+    known = known_of(adata, genes, key_added)
+    draws = np.empty((n, *known.mean.shape), dtype=np.float32)
+    scale = known.mean / known.shape
+    for draw in draws:
+        drawn = rng.gamma(known.shape, scale)
+        draw[...] = rng.poisson(drawn) if of == "count" else drawn * known.per_count
+    return draws
+
+
+def detection(
+    adata: AnnData,
+    genes: str | Sequence[str] | None = None,
+    *,
+    capture: float = 1.0,
+    key_added: str = "spaformer",
+) -> NDArray[np.float32]:
+    """Probability that a new measurement would count at least one transcript: which zeros would not stay zero.
+
+    Parameters
+    ----------
+    adata
+        Result of :func:`spaformer_sc.tl.impute`, with the counts it was made from; not changed.
+    genes
+        One name or several; all imputed ones by default.
+    capture
+        Depth of the new measurement, in that of the data: 1 for the same, 5 for one that catches five times as many
+        transcripts.
+    key_added
+        Name of the result.
+
+    Returns
+    -------
+    Probabilities, float32 (cells × genes); 0 in cells without counts.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As in :func:`interval`.
+
+    Examples
+    --------
+    >>> likely = sf.tl.detection(adata, ["EPCAM"], capture=5)
+    """
+    capture = _checks.check_positive("capture", capture)
+    known = known_of(adata, genes, key_added)
+    return np.asarray(detection_of(known.mean, known.shape, capture), dtype=np.float32)
