@@ -17,7 +17,7 @@ Gammerman & Shafer 2005, "Algorithmic Learning in a Random World", ch. 2).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -306,15 +306,7 @@ def measure_coverage(
         if size[number]
     }
     overall = tuple(float(share) for share in inside.sum(axis=0) / size.sum())
-    return Posterior(
-        log_level=posterior.log_level,
-        slope=posterior.slope,
-        log_own=posterior.log_own,
-        missing=posterior.missing,
-        coverage=overall,
-        strata=shares,
-        n_scored=int(size.sum()),
-    )
+    return replace(posterior, coverage=overall, strata=shares, n_scored=int(size.sum()))
 
 
 # --- negative binomial counts -----------------------------------------------------------------------------------------
