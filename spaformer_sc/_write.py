@@ -53,19 +53,38 @@ def write_result(
     sd
         Layer with the standard deviations of ``expression`` (cells, genes), or None.
     """
-    from anndata import ImplicitModificationWarning
-
     values: dict[tuple[str, str], Any] = {
         ("layers", keys.layer): expression,
         ("obsm", keys.embedding): embedding,
-        **{("var", keys.var(score)): _plain(gene_scores[score]) for score in gene_scores},
-        **{("obs", keys.obs(score)): _plain(cell_scores[score]) for score in cell_scores},
-        ("uns", keys.uns): record,
     }
     if sd is not None:
         values["layers", keys.sd] = sd
     elif keys.sd in adata.layers:
         values["layers", keys.sd] = None  # of an earlier result
+    _write_slots(adata, values | _slots_of_scores(keys, gene_scores, cell_scores, record))
+
+
+def write_scores(
+    adata: AnnData, keys: Keys, *, gene_scores: pd.DataFrame, cell_scores: pd.DataFrame, record: dict[str, Any]
+) -> None:
+    """Write scores alone; arguments and promise as for :func:`write_result`."""
+    _write_slots(adata, _slots_of_scores(keys, gene_scores, cell_scores, record))
+
+
+def _slots_of_scores(
+    keys: Keys, gene_scores: pd.DataFrame, cell_scores: pd.DataFrame, record: dict[str, Any]
+) -> dict[tuple[str, str], Any]:
+    return {
+        **{("var", keys.var(score)): _plain(gene_scores[score]) for score in gene_scores},
+        **{("obs", keys.obs(score)): _plain(cell_scores[score]) for score in cell_scores},
+        ("uns", keys.uns): record,
+    }
+
+
+def _write_slots(adata: AnnData, values: dict[tuple[str, str], Any]) -> None:
+    """Put each value into its slot (attribute, key), or empty the slot for None: all of it or nothing."""
+    from anndata import ImplicitModificationWarning
+
     before = {(attribute, key): getattr(adata, attribute).get(key) for attribute, key in values}
     try:
         with warnings.catch_warnings():
@@ -83,15 +102,13 @@ def write_result(
             elif key in slots:
                 del slots[key]
         raise
-    logger.info("added %r, %s float32 (adata.layers)", keys.layer, expression.shape)
-    if sd is not None:
-        logger.info("added %r, %s float32 (adata.layers)", keys.sd, sd.shape)
-    logger.info("added %r, %s float32 (adata.obsm)", keys.embedding, embedding.shape)
-    for score in gene_scores:
-        logger.info("added %r (adata.var)", keys.var(score))
-    for score in cell_scores:
-        logger.info("added %r (adata.obs)", keys.obs(score))
-    logger.info("added %r: %s (adata.uns)", keys.uns, ", ".join(record))
+    for (attribute, key), value in values.items():
+        if isinstance(value, np.ndarray) and value.ndim == 2:
+            logger.info("added %r, %s %s (adata.%s)", key, value.shape, value.dtype, attribute)
+        elif isinstance(value, dict):
+            logger.info("added %r: %s (adata.%s)", key, ", ".join(value), attribute)
+        elif value is not None:
+            logger.info("added %r (adata.%s)", key, attribute)
 
 
 def _plain(column: pd.Series) -> Any:

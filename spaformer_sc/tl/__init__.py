@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from spaformer_sc.interpret import attribution, reach
 
+from ._evaluate import evaluate
 from ._impute import impute
 from ._uncertainty import detection, interval, sample
 
-__all__ = ["attribution", "detection", "impute", "interval", "reach", "sample"]
+__all__ = ["attribution", "detection", "evaluate", "impute", "interval", "reach", "sample"]

@@ -293,10 +293,9 @@ def impute(
     if sd or zeros == "keep":
         deviation = _judge_entries(adata, model, prediction, output, target_sum, columns, keep=zeros == "keep")
     gene_scores = model.gene_scores[list(SCORES)].copy()
+    back = prediction.dispersion
     for number, name in enumerate(BACK):
-        back = np.full(prediction.expression.shape[1], np.nan)
-        back = back if prediction.dispersion is None else prediction.dispersion[:, number]
-        gene_scores[name] = _among_all(back, columns, adata.n_vars)
+        gene_scores[name] = np.nan if back is None else _among_all(back[:, number], columns, adata.n_vars)
     if copy:
         adata = adata.to_memory() if adata.isbacked else adata.copy()
     write_result(

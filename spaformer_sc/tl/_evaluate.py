@@ -1,0 +1,148 @@
+"""``sf.tl.evaluate``: score a prediction, of this package or any other, on counts that it has not seen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from spaformer_sc import __version__, _checks
+from spaformer_sc._config import OUTPUTS
+from spaformer_sc._keys import Keys
+from spaformer_sc._result import known_of
+from spaformer_sc._write import write_scores
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+OF_GENES = (
+    "pearson",
+    "pearson_se",
+    "deviance_explained",
+    "deviance_explained_se",
+    "gain",
+    "true_correlation",
+    "true_correlation_se",
+    "held_out",
+    "reliability",
+)
+OF_CELLS = ("gain", "gain_se", "reliability")
+
+
+def evaluate(
+    adata: AnnData,
+    held_out: str,
+    *,
+    prediction: str = "spaformer",
+    scale: str | None = None,
+    layer: str | None = None,
+    use_rep: str | None = None,
+    key_added: str | None = None,
+    random_state: int = 0,
+) -> None:
+    """Score a prediction on counts that it has not seen, over all genes, per gene and per cell.
+
+    :func:`spaformer_sc.tl.impute` scores itself on transcripts that it holds out. This is for counts of your own, such
+    as half of all transcripts set aside (:func:`spaformer_sc.metrics.thin`), and for layers of other methods. What is
+    compared are shares of a cell's transcripts, so that depth plays no part.
+
+    Parameters
+    ----------
+    adata
+        Counts, held-out counts and prediction, of the same cells and genes.
+    held_out
+        Layer with the held-out counts. They must be no part of what the prediction was made from.
+    prediction
+        Layer with the prediction: name of a result of :func:`spaformer_sc.tl.impute`, or any layer. Genes with NaN are
+        not scored.
+    scale
+        Scale of the layer: ``"lognorm"``, ``"counts"`` or ``"rate"``. Known of results of
+        :func:`spaformer_sc.tl.impute`; needed for others.
+    layer
+        Layer with the counts that the prediction was made from; None for ``adata.X``. Known of results of
+        :func:`spaformer_sc.tl.impute`.
+    use_rep
+        Representation of the cells in ``adata.obsm``, in which cells alike are scored together; by default that of the
+        result, or none: cells are not scored then.
+    key_added
+        Name of what is written; by default that of the prediction with ``"_evaluated"``.
+    random_state
+        Seed of the groups of cells that standard errors rest on.
+
+    Returns
+    -------
+    None. These fields are set, as :func:`spaformer_sc.tl.impute` explains them:
+
+    ``adata.var[key_added + …]`` (genes)
+        ``_pearson``, ``_deviance_explained``, ``_gain`` and ``_true_correlation``, float64, the first two and the last
+        with ``…_se``; ``_held_out``, int64; ``_reliability``, categorical.
+    ``adata.obs[key_added + …]`` (cells), where cells have a representation
+        ``_gain``, ``_gain_se``, float64; ``_reliability``, categorical.
+    ``adata.uns[key_added]`` : dict
+        ``params``, and ``scores`` over all genes.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        If the input cannot be used; before any work, with nothing changed.
+
+    Examples
+    --------
+    >>> split = sf.metrics.thin(adata.X, 0.5, random_state=0)
+    >>> adata.X, adata.layers["held"] = split.train, split.held
+    >>> sf.tl.impute(adata, library_key="fov")
+    >>> sf.tl.evaluate(adata, "held")
+    """
+    from spaformer_sc.metrics import convert
+    from spaformer_sc.training.reliability import groups_alike, scores_of_groups
+    from spaformer_sc.training.scoring import held_out_scores
+
+    _checks.check_adata(adata)
+    keys = Keys(f"{prediction}_evaluated" if key_added is None else key_added)
+    slots = [("var", keys.var(score)) for score in OF_GENES] + [("obs", keys.obs(score)) for score in OF_CELLS]
+    _checks.check_key_added(adata, keys.key_added, slots=slots, mark="evaluated")
+    record = adata.uns.get(prediction)
+    is_ours = isinstance(record, dict) and "spaformer_sc" in record.get("params", {}) and scale is None
+    if not is_ours:
+        if scale is None:
+            raise ValueError(f"`prediction={prediction!r}` is no result of `sf.tl.impute`; pass `scale=`.")
+        _checks.check_choice("scale", scale, OUTPUTS)
+        if prediction not in adata.layers:
+            raise KeyError(f"`prediction={prediction!r}` is not in `adata.layers`.")
+    values = np.asarray(adata.layers[prediction], dtype=np.float32)
+    genes = np.flatnonzero(np.isfinite(values).all(axis=0))
+    if not len(genes):
+        raise ValueError(f"`prediction={prediction!r}` holds NaN or infinite values in every gene.")
+    missing = None
+    if is_ours:
+        params = record["params"]
+        layer, name = params["layer"], params["missing"]
+        missing = None if name is None else np.asarray(adata.layers[name][:, genes], dtype=bool)
+        scale = params["output"]
+        if use_rep is None:
+            use_rep = Keys(prediction).embedding
+    if use_rep is not None and use_rep not in adata.obsm:
+        raise KeyError(f"`use_rep={use_rep!r}` is not in `adata.obsm`.")
+    seed = _checks.check_integer("random_state", random_state, minimum=0)
+    train = _checks.read_counts(adata, layer)[:, genes]
+    held = _checks.read_counts(adata, held_out)[:, genes]
+    by_model = is_ours and record["posterior"] is not None and params["zeros"] == "impute"
+    if by_model:
+        rates = known_of(adata, adata.var_names[genes], prediction).mean.astype(np.float32)
+    else:
+        rates = convert(values[:, genes], str(scale), "rate")
+    if missing is not None:
+        train, held = (counts.multiply(~missing).tocsr() for counts in (train, held))
+    overall, per_gene, gains = held_out_scores(held, rates, train, missing, np.random.default_rng(seed))
+    per_gene.index = adata.var_names[genes]
+    per_gene = per_gene[list(OF_GENES)].reindex(adata.var_names)
+    per_gene["held_out"] = per_gene["held_out"].fillna(0).astype(np.int64)
+    cells = pd.DataFrame(index=adata.obs_names)
+    if use_rep is not None:
+        alike = groups_alike(np.asarray(adata.obsm[use_rep], dtype=np.float32), seed)
+        scored = scores_of_groups(gains, np.asarray(held.sum(axis=1), dtype=np.float64).ravel(), alike)
+        cells = scored.iloc[alike][list(OF_CELLS)]
+    params = {"evaluated": prediction, "spaformer_sc": __version__, "held_out": held_out, "scale": scale}
+    params |= {"layer": layer, "use_rep": use_rep, "random_state": seed}
+    write_scores(adata, keys, gene_scores=per_gene, cell_scores=cells, record={"params": params, "scores": overall})
