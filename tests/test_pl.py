@@ -74,9 +74,9 @@ def test_changed_counts_are_not_drawn(result) -> None:
 def test_calibration_shows_each_stratum(result) -> None:
     ax = sf.pl.calibration(result)
     posterior = result.uns["spaformer"]["posterior"]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(posterior["strata"])
-    for line, covered in zip(ax.get_lines()[1:], posterior["strata"].values(), strict=True):
-        np.testing.assert_allclose(line.get_ydata(), covered)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["all", *posterior["strata"]]
+    for line, covered in zip(ax.get_lines()[2:], posterior["strata"].values(), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), 100 * (np.array(covered) - posterior["levels"]), atol=1e-9)
     few = result.copy()
     few.uns["spaformer"]["posterior"]["n_scored"] = 0
     with pytest.raises(ValueError, match="too few transcripts"):

@@ -167,12 +167,13 @@ def reliability(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
 
 
 def calibration(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = None) -> Axes:
-    """Draw how often intervals cover held-out counts, against how often they should.
+    """Draw by how much intervals cover held-out counts more or less often than they should.
 
-    A line for each third of the genes, by their total counts. Counts are discrete, and each end of an interval belongs
-    to it with such a probability that its level is exact (randomised intervals): lines on the diagonal are right, below
-    it intervals are too short. The counts were seen neither by training nor by the fit of the posterior; count
-    intervals of :func:`spaformer_sc.tl.interval` are corrected by what is seen here over all genes.
+    A line for each range of counts that are expected of an entry (at the held-out depth, a twentieth of the cell's).
+    Counts are discrete, and each end of an interval belongs to it with such a probability that its level is exact
+    (randomised intervals): lines at 0 are right, below it intervals are too short. The counts were seen neither by
+    training nor by the fit of the posterior; count intervals of :func:`spaformer_sc.tl.interval` are corrected by what
+    is seen here over all entries.
 
     Parameters
     ----------
@@ -203,12 +204,15 @@ def calibration(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
             + ("the Gaussian decoder gives none." if posterior is None else "too few transcripts were held out.")
         )
     ax = plt.subplots(figsize=(4.5, 4), layout="constrained")[1] if ax is None else ax
-    ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
-    for name, covered in posterior["strata"].items():
-        ax.plot(posterior["levels"], covered, label=name)
-    ax.set_xlabel("level of the intervals")
-    ax.set_ylabel("share of held-out counts inside")
-    ax.legend(fontsize=8, frameon=False)
+    levels = np.asarray(posterior["levels"], dtype=float)
+    ax.axhline(0, color="0.6", linewidth=0.8)
+    for name, covered in {"all": posterior["coverage"], **posterior["strata"]}.items():
+        ax.plot(100 * levels, 100 * (np.asarray(covered, dtype=float) - levels), label=name)
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, -5), max(high, 5))
+    ax.set_xlabel("level of the intervals, %")
+    ax.set_ylabel("held-out counts inside, less that: points")
+    ax.legend(title="expected count", fontsize=8, frameon=False)
     return ax
 
 

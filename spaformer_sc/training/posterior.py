@@ -34,8 +34,10 @@ LEAST_COUNTS = 200
 """Held-out transcripts below which nothing is fitted to them."""
 LEVELS = tuple(float(level) for level in np.linspace(0, 1, 101))
 """Levels at which coverage is recorded."""
-STRATA = ("rare genes", "common genes", "abundant genes")
-"""Thirds of the genes, by total count, for which coverage is recorded apart."""
+STRATA = {"less than 0.02": 0.0, "0.02 to 0.2": 0.02, "more than 0.2": 0.2}
+"""Held-out counts that are expected of an entry, for which coverage is recorded apart: name and lower end."""
+LEAST_ENTRIES = 1000
+"""Entries of a stratum below which nothing is said of it."""
 MOST_ENTRIES = 2_000_000
 """Entries that coverage is measured on, those of cells drawn at random; the error is then below 0.001."""
 LEAST_SHAPE, LARGEST_SHAPE = 1e-3, 1e6
@@ -264,7 +266,7 @@ def measure_coverage(
     measured: NDArray[np.bool_] | None,
     rng: np.random.Generator,
 ) -> Posterior:
-    """Measure how often intervals cover held-out counts, at every level and for each third of the genes.
+    """Measure how often intervals cover held-out counts, at every level, by what count is expected.
 
     Parameters
     ----------
@@ -285,7 +287,6 @@ def measure_coverage(
         return posterior
     ratio = held.sum(dtype=np.float64) / total
     some = rng.permutation(np.flatnonzero(depth > 0))[: max(1, MOST_ENTRIES // n_genes)]
-    stratum = np.argsort(np.argsort(np.asarray(counts.sum(axis=0)).ravel(), kind="stable")) * len(STRATA) // n_genes
     inside = np.zeros((len(STRATA), len(LEVELS)))
     size = np.zeros(len(STRATA))
     for rows in row_blocks((len(some), n_genes)):
@@ -293,8 +294,9 @@ def measure_coverage(
         mean = rates[cells] * depth[cells][:, None]
         shape = posterior.shape(mean, counts[cells].toarray())
         used = np.ones(mean.shape, dtype=bool) if measured is None else measured[cells]
-        rank = ranks(held[cells].toarray()[used], ratio * mean[used], shape[used], rng)
-        of = np.broadcast_to(stratum, mean.shape)[used]
+        expected = ratio * mean[used]
+        rank = ranks(held[cells].toarray()[used], expected, shape[used], rng)
+        of = np.searchsorted(list(STRATA.values()), expected, side="right") - 1
         for number in range(len(STRATA)):
             inside[number] += np.searchsorted(np.sort(rank[of == number]), LEVELS, side="right")
             size[number] += (of == number).sum()
@@ -303,7 +305,7 @@ def measure_coverage(
     shares = {
         name: tuple(float(share) for share in inside[number] / size[number])
         for number, name in enumerate(STRATA)
-        if size[number]
+        if size[number] >= LEAST_ENTRIES
     }
     overall = tuple(float(share) for share in inside.sum(axis=0) / size.sum())
     return replace(posterior, coverage=overall, strata=shares, n_scored=int(size.sum()))
