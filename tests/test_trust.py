@@ -51,6 +51,13 @@ def test_halves_are_held_against_each_other(trust) -> None:
     assert found["kept zeros", "counted in the other half"] < 0.05
 
 
+def test_hidden_entries_are_held_against_their_intervals(trust) -> None:
+    found = by_name(trust.missing("simulated", "fov", "fast", 0))
+    for level in trust.LEVELS:
+        assert found[f"inside {level}", "all"] > level - 0.03
+        assert found[f"randomised {level}", "all"] == pytest.approx(level, abs=0.05)
+
+
 def test_shuffled_genes_are_told_from_the_others(trust) -> None:
     found = by_name(trust.shuffled("simulated", "fov", "fast", 0))
     assert (found["genes", "shuffled"], found["genes", "as they were"]) == (15, 45)
@@ -72,6 +79,7 @@ def test_tables_and_runs_that_are_there(trust, tmp_path, capsys, monkeypatch: py
     answers = {
         "halves": [(f"{kind} {level}", "all", level) for kind in trust.KINDS for level in trust.LEVELS]
         + [("predicted", "(0, 0.05]", 0.02), ("seen", "(0, 0.05]", 0.03), ("genes", "reliable", 12.0)],
+        "missing": [("inside 0.8", "all", 0.91)],
         "shuffled": [("genes", "shuffled", 15.0), ("reliable", "shuffled", 0.02)],
         "tests": [("between cell types, no difference", method, 0.05) for method in trust.TESTED],
     }
@@ -87,6 +95,7 @@ def test_tables_and_runs_that_are_there(trust, tmp_path, capsys, monkeypatch: py
     assert sorted(made) == sorted(2 * trust.PARTS)
     page = capsys.readouterr().out
     for text in (
+        "91.0 ± 0.0",
         "| simulated | 80 | 80.0 ± 0.0 | 80.0 ± 0.0 |",
         "2.0 / 3.0",
         "12 ± 0",
@@ -96,7 +105,7 @@ def test_tables_and_runs_that_are_there(trust, tmp_path, capsys, monkeypatch: py
     assert "| between cell types, no difference | 5.0 ± 0.0 |" in page
     assert (tmp_path / "trust.png").stat().st_size > 10_000
     assert trust.main(command) == 0
-    assert len(made) == 6
+    assert len(made) == 2 * len(trust.PARTS)
 
 
 def test_a_failed_run_is_told(trust, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
