@@ -9,6 +9,9 @@ from ._logging import logger
 PACKAGES = 900 * 2**20
 """Memory of the imported packages themselves, roughly."""
 
+JUDGING = 320 * 2**20
+"""Memory of what is computed, block by block, to judge a fit and its intervals."""
+
 
 def state_memory(
     n_cells: int,
@@ -52,7 +55,7 @@ def state_memory(
     sparse = 8 * 8 * n_counts  # value and column of the counts, their three parts, and the FOVs' share of them
     prediction = 4 * largest_fov * n_genes * (n_decoded + n_inputs)
     # While the fit is scored, predicted rates are there in single and, for one score, in double precision.
-    need = PACKAGES + sparse + masks + dense + max(views, prediction + 2 * dense)
+    need = PACKAGES + sparse + masks + dense + max(views, prediction + 2 * dense + JUDGING)
     free = available_memory()
     logger.info("memory: about %d MiB at the peak, of which %d MiB for the result", need >> 20, dense >> 20)
     if free is not None and need > free + PACKAGES:

@@ -369,7 +369,7 @@ def _judge_entries(
     counts = _checks.read_counts(adata, model.keys.layer)[:, chosen]
     missing = _checks.check_layer_of_missing(adata, model.keys.missing)
     found = np.empty_like(prediction.expression)
-    for rows in row_blocks(found.shape):
+    for rows in row_blocks((found.shape[0], 4 * found.shape[1])):  # a quarter: there are many temporaries
         own = counts[rows].toarray()
         hidden = None if missing is None else missing[rows][:, chosen]
         if hidden is not None:
