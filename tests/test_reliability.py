@@ -17,6 +17,7 @@ from spaformer_sc.training.reliability import (
     N_GROUPS,
     depth_exponents,
     deviance_share,
+    empirical_bayes,
     jackknife,
     neighbour_rates,
     overall_gain,
@@ -123,6 +124,44 @@ def test_planted_genes_are_reliable_and_those_with_counts_of_their_own_alone_are
     assert gain < 2 * error
     whole = sums_of(split.held, mean, split.train, None, np.zeros(N, int))[0].total()
     assert float(overall_gain(whole)) == pytest.approx(gain)
+
+
+def test_own_counts_are_read_whatever_the_distribution_of_the_gene() -> None:
+    rng = np.random.default_rng(0)
+    depth = rng.lognormal(5, 0.5, 4000)
+    level, shape = np.array([0.01, 0.03, 0.01]), 2.0
+    relative = np.stack([rng.gamma(shape, 1 / shape, 4000), rng.choice([0.1, 1.9], 4000), np.ones(4000)], axis=1)
+    expected = depth[:, None] * level
+    counts = sp.csr_matrix(rng.poisson(relative * expected).astype(np.float32))
+    group, of_zeros, of_counts = empirical_bayes(counts, depth, level, np.ones(3), None)
+    y = counts.toarray()
+    found = of_zeros[group]
+    found[counts.nonzero()] = of_counts[counts.nonzero()].A1
+    gamma = (shape + y[:, 0]) / (shape + expected[:, 0])
+    high, low = (np.exp(y[:, 1] * np.log(r) - r * expected[:, 1]) for r in (1.9, 0.1))
+    two = (1.9 * high + 0.1 * low) / (high + low)
+    for gene, wanted in enumerate((gamma, two, np.ones(4000))):
+        assert np.abs(found[:, gene] - wanted).mean() < 0.06
+    assert np.corrcoef(found[:, 1], two)[0, 1] > 0.99
+    assert np.mean((found[:, 1] - relative[:, 1]) ** 2) < 0.9 * np.mean((gamma.mean() - relative[:, 1]) ** 2)
+
+
+def test_a_gene_with_two_states_and_nothing_else_is_not_reliable() -> None:
+    rng = np.random.default_rng(0)
+    relative = rng.choice([0.1, 1.9], (4000, 10))
+    share = np.full(10, 0.05) * relative
+    rest = rng.dirichlet(np.ones(30), 4000) * (1 - share.sum(axis=1, keepdims=True))
+    depth = rng.lognormal(6, 0.3, 4000)
+    counts = rng.poisson(np.hstack([share, rest]) * depth[:, None]).astype(np.float32)
+    split = metrics.thin(sp.csr_matrix(counts), 0.9, random_state=0)
+    y, e = split.train.toarray()[:, :10], 0.05 * split.train.sum(axis=1).A1[:, None]
+    # The best that can be said of a gene from its own count, which is no straight line.
+    high, low = (np.exp(y * np.log(r) - r * e) for r in (1.9, 0.1))
+    rates = np.hstack(
+        [0.05 * (1.9 * high + 0.1 * low) / (high + low), np.tile(counts[:, 10:].mean(0) / 1000, (4000, 1))]
+    )
+    judged, _, _, _ = reliability(split.held, rates.astype(np.float32), split.train, None, rng)
+    assert (judged["reliability"][:10] == LEVELS[0]).mean() >= 0.8
 
 
 @pytest.mark.parametrize(("depth", "spread"), [(40, 0.25), (100, 0.4)])

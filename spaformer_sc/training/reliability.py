@@ -6,9 +6,10 @@ knows the depth would beat a plain gene mean without knowing anything of the gen
 Poisson noise, one part of a cell's transcripts tells of the other, in a gene whose counts were shuffled among cells as
 well as in any other. The baseline therefore expects :math:`m_{ig} = a_g D_i^{\beta_g - 1}` of the transcripts of a
 cell of depth :math:`D_i` to be of the gene, with an exponent for each gene, and has seen its count :math:`y_{ig}`: the
-mean of the posterior, :math:`m (1 + v y) / (1 + v D m)`, where :math:`v_g` is the variance of the relative expression
-of the gene (Huang et al. 2018, SAVER, Nature Methods 15:539, with the gene's own mean as prior); or just :math:`m`
-or the plain gene mean, where that predicts the held-out counts better.
+mean of the posterior under the distribution of relative expression that makes the gene's counts most likely, whatever
+its form (:func:`empirical_bayes`); or under a gamma one, :math:`m (1 + v y) / (1 + v D m)`, where :math:`v_g` is the
+variance of the relative expression (Huang et al. 2018, SAVER, Nature Methods 15:539, with the gene's own mean as
+prior); or just :math:`m` or the plain gene mean: whichever predicts the held-out counts best.
 
 Standard errors are those of the delete-a-group jackknife over groups of cells drawn at random (Kott 2001, Journal of
 Official Statistics 17:521): all scores are functions of sums over cells, so that leaving a group out costs nothing.
@@ -44,14 +45,17 @@ LEAST_CORRELATION = 0.5
 LEAST_DEPTH = 0.2
 """Depth, in that of the median cell, below which a cell is left out of the correlation with the truth: where it
 has few transcripts, each makes a relative expression that outweighs all others."""
-GAINS = ("gain", "gain_over_prior", "gain_over_posterior")
-"""Log-likelihood gained over the gene mean, and over the two other candidates for the baseline."""
+GAINS = ("gain", "gain_over_prior", "gain_over_posterior", "gain_over_mixture")
+"""Log-likelihood gained over the gene mean, and over the other candidates for the baseline."""
 ALIKE = 50
 """Number of cells that a cell is judged together with, about: one has too few held-out transcripts."""
 _MOST_KINDS = 500
 _N_BINS = 50
 _EXPONENTS = np.arange(-0.5, 2.51, 0.05)
 _FLOOR = 1e-8
+_N_DEPTHS, _N_RATES, _N_ITERATIONS = 20, 48, 60
+_FINE = 30
+"""Counts above this are put together by their logarithm where distributions over cells are fitted."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Sums:
     null_deviance: FloatArray
     gain_over_prior: FloatArray
     gain_over_posterior: FloatArray
+    gain_over_mixture: FloatArray
     predicted: FloatArray
     predicted_square: FloatArray
     crossed: FloatArray
@@ -164,6 +169,7 @@ def sums_of(
     mean, level = total / np.maximum(exposure, 1e-300), total / np.maximum(powers, 1e-300)
 
     variance = _relative_variance(train, log_depth, level, exponent, measured)
+    depth_bin, of_zeros, of_counts = empirical_bayes(train, full, level, exponent, measured)
     library = np.asarray(held.sum(axis=1), dtype=np.float64).ravel()
     target_sum = float(np.median(library[library > 0]))
     found = {name: np.zeros((n_groups, n_genes)) for name in Sums.__dataclass_fields__}
@@ -194,17 +200,22 @@ def sums_of(
         prior = np.maximum(level * np.exp(log_depth[rows][:, None] * exponent) / d, _FLOOR)
         posterior = prior * (1 + variance * train[rows].toarray()) / (1 + variance * d * prior)
         x, y = held[rows].tocoo(), train[rows].tocoo()
+        relative = of_zeros[depth_bin[rows]]
+        relative[y.row, y.col] = of_counts[rows].data
+        mixture = prior * relative
         x = sp.coo_matrix((x.data.astype(np.float64) * scored[x.row], (x.row, x.col)), x.shape)
         at, own = (x.row, x.col), (y.row, y.col)
         scale = ratio * d
-        logs = (np.log(np.maximum(value[at], _FLOOR)) for value in (share, null, prior, posterior))
-        log_share, log_null, log_prior, log_posterior = logs
+        logs = (np.log(np.maximum(value[at], _FLOOR)) for value in (share, null, prior, posterior, mixture))
+        log_share, log_null, log_prior, log_posterior, log_mixture = logs
         add("gain", -scale * (share - null), rows)
         add_entries("gain", x, x.data * (log_share - log_null), rows)
         add("gain_over_prior", -scale * (share - prior) * seen, rows)
         add_entries("gain_over_prior", x, x.data * (log_share - log_prior), rows)
         add("gain_over_posterior", -scale * (share - posterior) * seen, rows)
         add_entries("gain_over_posterior", x, x.data * (log_share - log_posterior), rows)
+        add("gain_over_mixture", -scale * (share - mixture) * seen, rows)
+        add_entries("gain_over_mixture", x, x.data * (log_share - log_mixture), rows)
         add_entries("held", x, x.data, rows)
         add("null_deviance", 2 * scale * null, rows)
         log_count = np.log(np.maximum(x.data, 1) / scale[x.row, 0])
@@ -256,6 +267,71 @@ def _relative_variance(
         total += np.bincount(y.col, y.data, n_genes)
     expected = np.maximum(expected, 1e-300)
     return np.asarray(np.maximum(square / expected - (total / expected) ** 2, 0))
+
+
+def empirical_bayes(
+    counts: sp.csr_matrix,
+    depth: FloatArray,
+    level: FloatArray,
+    exponent: FloatArray,
+    measured: NDArray[np.bool_] | None,
+) -> tuple[NDArray[np.int64], FloatArray, sp.csr_matrix]:
+    r"""Expectation of an entry's relative expression, given its count and the distribution over cells of its gene.
+
+    A count is Poisson with mean :math:`\lambda e`, where :math:`e = a_g D^{\beta_g}` is expected in a cell of that
+    depth. The distribution of :math:`\lambda` over cells that makes all counts of the gene most likely is found on a
+    grid, by expectation-maximisation (Kiefer and Wolfowitz 1956, Annals of Mathematical Statistics 27:887).
+
+    Parameters
+    ----------
+    counts
+        Counts (cells, genes), canonical CSR.
+    depth
+        Depth of each cell over all genes (cells,).
+    level, exponent
+        :math:`a_g` and :math:`\beta_g` (genes,).
+    measured
+        Which entries were measured (cells, genes), or None.
+
+    Returns
+    -------
+    Number of the group of similar depth that each cell is in (cells,); the expectation for entries without counts
+    (groups, genes), and for those with counts, as a matrix of the structure of ``counts``.
+    """
+    order = np.argsort(depth, kind="stable")
+    group = np.zeros(len(depth), dtype=np.int64)
+    parts = [part for part in np.array_split(order, _N_DEPTHS) if len(part)]
+    for i, part in enumerate(parts):
+        group[part] = i
+    log_depth = np.log([max(depth[part].mean(), 1e-300) for part in parts])
+    expected = np.maximum(level * np.exp(np.outer(log_depth, exponent)), 1e-12)
+    size = np.stack([np.full(counts.shape[1], len(p)) if measured is None else measured[p].sum(axis=0) for p in parts])
+    by_gene = counts.tocsc()
+    of_zeros, of_counts = np.ones(expected.shape), np.ones(by_gene.nnz)
+    fine = counts.data.max(initial=0) <= _FINE
+    for gene in range(counts.shape[1]):
+        own = slice(by_gene.indptr[gene], by_gene.indptr[gene + 1])
+        y, at = by_gene.data[own].astype(np.float64), group[by_gene.indices[own]]
+        if not len(y):
+            continue
+        rounded = y if fine else np.where(y <= _FINE, y, np.exp(np.round(10 * np.log(np.maximum(y, 1))) / 10))
+        pairs, number, times = np.unique(np.stack([at, rounded]), axis=1, return_inverse=True, return_counts=True)
+        pair_group = pairs[0].astype(np.int64)
+        zeros = np.maximum(size[:, gene] - np.bincount(at, minlength=len(parts)), 0)
+        value = np.concatenate([np.zeros(len(parts)), pairs[1]])
+        mean = np.concatenate([expected[:, gene], expected[pair_group, gene]])
+        weight = np.concatenate([zeros, times]).astype(np.float64)
+        grid = np.geomspace(0.01, max(10.0, 1.5 * float((value / mean).max())), _N_RATES)
+        log_prob = value[:, None] * np.log(mean[:, None] * grid) - mean[:, None] * grid
+        prob = np.exp(log_prob - log_prob.max(axis=1, keepdims=True))
+        share = np.full(_N_RATES, 1 / _N_RATES)
+        for _ in range(_N_ITERATIONS):
+            share *= (weight / (prob @ share)) @ prob
+            share /= share.sum()
+        found = (prob @ (share * grid)) / (prob @ share)
+        of_zeros[:, gene] = found[: len(parts)]
+        of_counts[own] = found[len(parts) :][number.ravel()]
+    return group, of_zeros, sp.csc_matrix((of_counts, by_gene.indices, by_gene.indptr), counts.shape).tocsr()
 
 
 def _shares(values: FloatArray) -> FloatArray:
