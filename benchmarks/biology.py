@@ -394,10 +394,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows = [row for row in rows if any(row[column] != same[column] for column in KEY)]
                 rows.append(same | {column: str(value) for column, value in scores.items()})
             write_rows(path, COLUMNS, rows)
-    if rows:
-        page = tables(rows)
+    asked = [r for r in rows if r["library_key"] == options.library_key and r["quality"] in ("", options.quality)]
+    old = sum(row["code"] != (ours if row["quality"] else theirs) for row in asked)
+    if old:
+        print(f"{old} of {len(asked)} rows were made by other code; they are kept.", file=sys.stderr)
+    if asked:
+        page = tables(asked)
         (options.out / "tables.md").write_text(page)
-        draw(rows, options.out / "biology.png")
+        draw(asked, options.out / "biology.png")
         print(page)
     return int(failed > 0)
 

@@ -425,7 +425,8 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out / "runs.csv"
     rows = read_rows(path, COLUMNS)
     here = Path(__file__)
-    judging = (here, *sorted((here.parent.parent / "spaformer_sc" / "training").glob("*.py")))
+    package = here.parent.parent / "spaformer_sc"
+    judging = (here, package / "_result.py", *sorted([*package.glob("training/*.py"), *package.glob("tl/*.py")]))
     code = checksum(file.read_bytes() for file in dict.fromkeys((*package_files(), *judging)))
     have = {tuple(row[column] for column in KEY) for row in rows if row["code"] == code}
     jobs = []
@@ -457,10 +458,14 @@ def main(arguments: list[str] | None = None) -> int:
                 for score, of, value in json.loads(answer)
             ]
             write_rows(path, COLUMNS, rows)
-    if rows:
-        page = tables(rows)
+    asked = [r for r in rows if (r["library_key"], r["quality"]) == (options.library_key, options.quality)]
+    old = sum(row["code"] != code for row in asked)
+    if old:
+        print(f"{old} of {len(asked)} rows were made by other code; they are kept.", file=sys.stderr)
+    if asked:
+        page = tables(asked)
         (options.out / "tables.md").write_text(page + "\n")
-        draw(rows, options.out / "trust.png")
+        draw(asked, options.out / "trust.png")
         print(page)
     return int(failed > 0)
 

@@ -859,15 +859,15 @@ def check_result(adata: AnnData, key: str) -> dict[str, Any]:
     return dict(adata.uns[key])
 
 
-def check_imputed(names: Sequence[str], imputed: Sequence[str]) -> None:
-    """Check that genes are among those that a result says were ``imputed``: a list, or ``"all"``.
+def check_imputed(names: Sequence[str], imputed: Sequence[str] | None) -> None:
+    """Check that genes are among those that were ``imputed``; None for all.
 
     Raises
     ------
     ValueError
         If some are not.
     """
-    left_out = [] if imputed == "all" else [name for name in names if name not in list(imputed)]
+    left_out = [] if imputed is None else [name for name in names if name not in set(imputed)]
     if left_out:
         raise ValueError(f"`genes`: {', '.join(left_out)} were not imputed; `sf.tl.impute(genes=)` left them out.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from . import _checks
 from ._keys import Keys
+from .metrics._protocols import row_blocks
 from .training.posterior import Posterior, expected_counts
 
 if TYPE_CHECKING:
@@ -48,8 +50,19 @@ class Known:
         return np.asarray(self.target_sum / depth)[:, None]
 
 
-def known_of(adata: AnnData, genes: Any, key_added: str) -> Known:
-    """Read what :func:`spaformer_sc.tl.impute` wrote of some genes; all genes that were imputed if None.
+class Entries:
+    """Some genes of what :func:`spaformer_sc.tl.impute` wrote, read block by block; all imputed genes if None.
+
+    Attributes
+    ----------
+    genes
+        Names of the genes.
+    shape
+        Cells × genes.
+    posterior
+        How shapes come about.
+    output, target_sum
+        Scale of the imputed layer.
 
     Raises
     ------
@@ -58,38 +71,64 @@ def known_of(adata: AnnData, genes: Any, key_added: str) -> Known:
     ValueError
         If a gene was not imputed, the result has no posterior, or counts are no longer those that it was made from.
     """
-    keys = Keys(key_added)
-    record = _checks.check_result(adata, keys.uns)
-    params = record["params"]
-    if record.get("posterior") is None:
-        raise ValueError(
-            f"`key_added={key_added!r}`: the result was made with decoder={params['model']['decoder']!r}, which knows "
-            "no distribution of counts; impute with decoder='nb', 'poisson' or 'zinb'."
-        )
-    if params["zeros"] != "impute":
-        raise ValueError(
-            f"`key_added={key_added!r}`: the result was made with zeros={params['zeros']!r}, which took away what was "
-            "known of these zeros; impute with zeros='impute', under another `key_added` if both are needed."
-        )
-    if genes is None:
-        genes = list(adata.var_names) if params["genes"] == "all" else list(params["genes"])
-    names = [genes] if isinstance(genes, str) else list(genes)
-    columns = _checks.check_genes(adata, names)
-    _checks.check_imputed(names, params["genes"])
-    counts = _checks.counts_of_result(adata, params)
-    own = np.asarray(counts[:, columns].toarray(), dtype=np.float64)
-    missing = None
-    if params["missing"] is not None:
-        missing = np.asarray(adata.layers[params["missing"]][:, columns], dtype=bool)
-        own[missing] = 0
-    dispersion = None
-    if params["output"] == "lognorm":
-        parts = (adata.var[keys.var(name)].to_numpy()[columns] for name in ("dispersion", "dispersion_missing"))
-        dispersion = np.stack(list(parts), axis=1)
-    posterior = Posterior.from_dict(record["posterior"])
-    depth = adata.obs[keys.obs("depth")].to_numpy(dtype=np.float64)
-    target_sum = float(params["target_sum"])
-    values = np.asarray(adata.layers[keys.layer][:, columns])
-    mean = expected_counts(values, params["output"], target_sum, depth, dispersion, missing)
-    shape = posterior.shape(mean, own, missing)
-    return Known(mean, shape, depth, posterior, target_sum, [str(name) for name in adata.var_names[columns]])
+
+    def __init__(self, adata: AnnData, genes: Any, key_added: str) -> None:
+        keys = Keys(key_added)
+        record = _checks.check_result(adata, keys.uns)
+        params = record["params"]
+        if record.get("posterior") is None:
+            raise ValueError(
+                f"`key_added={key_added!r}`: the result was made with decoder={params['model']['decoder']!r}, which "
+                "knows no distribution of counts; impute with decoder='nb', 'poisson' or 'zinb'."
+            )
+        if params["zeros"] != "impute":
+            raise ValueError(
+                f"`key_added={key_added!r}`: the result was made with zeros={params['zeros']!r}, which took away what "
+                "was known of these zeros; impute with zeros='impute', under another `key_added` if both are needed."
+            )
+        imputed = genes_of(params)
+        if genes is None:
+            genes = [name for name in adata.var_names if imputed is None or name in set(imputed)]
+        names = [genes] if isinstance(genes, str) else list(genes)
+        columns = _checks.check_genes(adata, names)
+        _checks.check_imputed(names, imputed)
+        self._counts = _checks.counts_of_result(adata, params)[:, columns].tocsr()
+        self._values, self._columns = adata.layers[keys.layer], columns
+        missing = _checks.check_layer_of_missing(adata, params["missing"])
+        self._missing = None if missing is None else missing[:, columns]
+        self._dispersion = None
+        self.output, self.target_sum = str(params["output"]), float(params["target_sum"])
+        if self.output == "lognorm":
+            parts = [adata.var[keys.var(name)].to_numpy()[columns] for name in ("dispersion", "dispersion_missing")]
+            self._dispersion = np.stack(parts, axis=1)
+        self._depth = adata.obs[keys.obs("depth")].to_numpy(dtype=np.float64)
+        self.posterior = Posterior.from_dict(record["posterior"])
+        self.genes = [str(name) for name in adata.var_names[columns]]
+        self.shape = adata.n_obs, len(columns)
+
+    def known(self, rows: slice = slice(None)) -> Known:
+        """What is known of some cells."""
+        own = self._counts[rows].toarray()
+        missing = None if self._missing is None else self._missing[rows]
+        if missing is not None:
+            own[missing] = 0
+        values, depth = np.asarray(self._values[rows][:, self._columns]), self._depth[rows]
+        mean = expected_counts(values, self.output, self.target_sum, depth, self._dispersion, missing)
+        shape = self.posterior.shape(mean, own, missing)
+        return Known(mean, shape, depth, self.posterior, self.target_sum, self.genes)
+
+    def blocks(self) -> Iterator[tuple[slice, Known]]:
+        """What is known of all cells, a block at a time, so that temporaries stay small."""
+        for rows in row_blocks((self.shape[0], 4 * self.shape[1])):
+            yield rows, self.known(rows)
+
+
+def known_of(adata: AnnData, genes: Any, key_added: str) -> Known:
+    """What is known of all cells; arguments and errors as for :class:`Entries`."""
+    return Entries(adata, genes, key_added).known()
+
+
+def genes_of(params: Mapping[str, Any]) -> list[str] | None:
+    """Genes that a result was made for, or None for all; files give lists back as arrays."""
+    genes = params["genes"]
+    return None if isinstance(genes, str) else [str(name) for name in genes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,10 +66,17 @@ def write_result(
 
 
 def write_scores(
-    adata: AnnData, keys: Keys, *, gene_scores: pd.DataFrame, cell_scores: pd.DataFrame, record: dict[str, Any]
+    adata: AnnData,
+    keys: Keys,
+    *,
+    gene_scores: pd.DataFrame,
+    cell_scores: pd.DataFrame,
+    record: dict[str, Any],
+    clear: Sequence[str] = (),
 ) -> None:
-    """Write scores alone; arguments and promise as for :func:`write_result`."""
-    _write_slots(adata, _slots_of_scores(keys, gene_scores, cell_scores, record))
+    """Write scores alone; arguments and promise as for :func:`write_result`. Columns of ``obs`` to ``clear`` go."""
+    values: dict[tuple[str, str], Any] = {("obs", key): None for key in clear if key in adata.obs}
+    _write_slots(adata, values | _slots_of_scores(keys, gene_scores, cell_scores, record))
 
 
 def _slots_of_scores(

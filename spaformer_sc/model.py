@@ -43,8 +43,8 @@ TEST_SHARE = 0.05
 HELD_ENTRIES = 0.05
 """Share of the measured entries that is hidden, where others are missing, to decide when training stops."""
 
-LED_BACK = 1000
-"""About as many cells tell how log-normalised values lead back to expected counts."""
+LED_BACK, LEAST_LED_BACK = 1000, 10
+"""About as many cells, but so many of each FOV, tell how log-normalised values lead back to expected counts."""
 
 AS_FITTED = "as fitted"
 """Default of arguments that say where data are found: as in the fit."""
@@ -681,7 +681,8 @@ class SpaFormer:
             total = np.zeros((len(inside), 1), dtype=np.float32)
             mean = np.zeros((len(inside), n_genes), dtype=np.float32)
             depth = np.zeros(len(inside), dtype=np.float32)
-            some = np.flatnonzero(rng.random(len(inside)) < LED_BACK / n_cells) if back else np.zeros(0, dtype=np.int64)
+            n_some = min(len(inside), max(-(-LED_BACK * len(inside) // n_cells), LEAST_LED_BACK)) if back else 0
+            some = np.sort(rng.choice(len(inside), n_some, replace=False))
             counts = np.zeros((len(some), n_genes), dtype=np.float32)
             with torch.inference_mode():
                 for number, network in enumerate(self._networks):
@@ -1083,7 +1084,9 @@ def _dispersion(parts: list[tuple[NDArray[Any], ...]], target_sum: float) -> NDA
         known = entries & (depth > 0)[:, None]
         if known.any():
             found[:, number] = dispersion_of_lognorm(counts, np.where(known, values, np.nan), scale)
-    return found
+    # Where a gene was measured, or was not, in hardly any cell, that of the other entries; without any, Poisson noise.
+    found = np.where(np.isfinite(found), found, found[:, ::-1])
+    return np.where(np.isfinite(found), found, 1e6)
 
 
 def _without(counts: sp.csr_matrix, entries: NDArray[np.bool_]) -> sp.csr_matrix:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 import spaformer_sc as sf
 from spaformer_sc import metrics
@@ -66,6 +67,35 @@ def test_scales_are_told_apart(halves) -> None:
     assert gains[0] == pytest.approx(gains[1], rel=1e-3)
 
 
+def test_entries_that_were_not_measured_are_not_scored(halves) -> None:
+    tissue = halves.copy()
+    tissue.layers["hidden"] = np.random.default_rng(0).random(tissue.shape) < 0.3
+    tissue.layers["wrong"] = np.where(tissue.layers["hidden"], 1e4, tissue.layers["truth"])
+    for layer in ("truth", "wrong"):
+        sf.tl.evaluate(tissue, "held", prediction=layer, scale="rate", missing="hidden")
+    gains = [tissue.uns[f"{layer}_evaluated"]["scores"]["gain"] for layer in ("truth", "wrong")]
+    assert gains[0] == pytest.approx(gains[1])
+
+
+def test_a_second_evaluation_leaves_nothing_of_the_first(halves) -> None:
+    tissue = halves.copy()
+    sf.tl.evaluate(tissue, "held", prediction="truth", scale="rate", use_rep="X_spaformer", key_added="mine")
+    assert "mine_gain" in tissue.obs
+    sf.tl.evaluate(tissue, "held", prediction="mean", scale="rate", key_added="mine")
+    assert "mine_gain" not in tissue.obs
+    with pytest.raises(ValueError, match="would overwrite"):
+        sf.tl.impute(tissue, library_key="fov", key_added="mine", progress=False)
+
+
+def test_fractions_and_sparse_layers(halves) -> None:
+    tissue = halves.copy()
+    tissue.layers["held"] = tissue.layers["held"].copy()
+    tissue.layers["held"].data[::3] *= 0.9
+    tissue.layers["sparse"] = sparse.csr_matrix(tissue.X.toarray() + tissue.layers["true_rate"])
+    sf.tl.evaluate(tissue, "held", prediction="sparse", scale="counts")
+    assert np.isfinite(tissue.uns["sparse_evaluated"]["scores"]["gain"])
+
+
 def test_genes_with_nan_are_left_out(halves) -> None:
     tissue = halves.copy()
     tissue.layers["truth"][:, 3] = np.nan
@@ -84,6 +114,8 @@ def test_genes_with_nan_are_left_out(halves) -> None:
         ({"prediction": "nothing", "scale": "rate"}, KeyError, "`prediction='nothing'` is not in"),
         ({"use_rep": "X_pca"}, KeyError, "`use_rep='X_pca'`"),
         ({"key_added": "spaformer"}, ValueError, "would overwrite"),
+        ({"scale": "rate"}, ValueError, "`scale='rate'`: it is known"),
+        ({"layer": "held"}, ValueError, "`layer='held'`: it is known"),
         ({"random_state": -1}, ValueError, "`random_state=-1`"),
     ],
 )

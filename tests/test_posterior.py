@@ -169,7 +169,7 @@ def test_too_few_counts_leave_what_is_typical() -> None:
     rates, depth = np.full((5, 4), 0.25, np.float32), np.full(5, 4.0)
     assert fit_shape(rates, depth, few, nothing) == (0.7, 0.4, 0.0)
     assert fit_shape(rates, depth, few, few) == (0.7, 0.4, 0.0)
-    assert fit_shape_where_missing(np.ones(3), np.ones(3)) == (0.7, 0.4)
+    assert fit_shape_where_missing(np.ones(3), np.ones(3)) is None
     posterior = measure_coverage(Posterior(), rates, depth, few, nothing, None, np.random.default_rng(0))
     assert posterior.n_scored == 0
     assert posterior.level_for(0.8) == 0.8
@@ -334,6 +334,48 @@ def test_files_and_parts_of_a_result(halves, tmp_path) -> None:
         np.testing.assert_array_equal(sf.tl.interval(read, "VIM", key_added="lognorm").upper, wanted.upper)
     part = tissue[50:80, ["EPCAM", "VIM"]]
     np.testing.assert_array_equal(sf.tl.interval(part, "VIM", key_added="lognorm").upper, wanted.upper[50:80])
+
+
+def test_some_genes_read_back_from_a_file(shared_tissue, tmp_path) -> None:
+    import anndata
+
+    result = sf.tl.impute(shared_tissue, genes=["VIM", "EPCAM"], copy=True, **QUICK)
+    sf.tl._impute.write_atomically(result, tmp_path / "a.h5ad")
+    read = anndata.read_h5ad(tmp_path / "a.h5ad")
+    names = [name for name in result.var_names if name in ("VIM", "EPCAM")]
+    found = sf.tl.interval(read)
+    assert found.genes == names
+    np.testing.assert_array_equal(found.upper, sf.tl.interval(result).upper)
+    assert sf.tl.interval(read[:, ["VIM"]]).genes == ["VIM"]
+
+
+def test_few_entries_that_are_not_measured_and_a_sparse_layer_of_them() -> None:
+    tissue = sf.datasets.simulated_tissue(n_fovs=2, n_cells=200, n_genes=30)
+    missing = np.zeros(tissue.shape, dtype=bool)
+    missing[[3, 250], 5] = True
+    tissue.layers["missing"] = sp.csr_matrix(missing)
+    for output in ("lognorm", "counts"):
+        sf.tl.impute(tissue, missing="missing", output=output, key_added=output, sd=True, **QUICK)
+    means = [sf._result.known_of(tissue, None, key).mean[[3, 250], 5] for key in ("lognorm", "counts")]
+    np.testing.assert_allclose(means[0], means[1], rtol=0.15)
+    assert np.isfinite(tissue.var[["lognorm_dispersion", "lognorm_dispersion_missing"]]).all(axis=None)
+    tissue.layers["again"] = tissue.X
+    sf.tl.evaluate(tissue, "again", prediction="lognorm")
+
+
+def test_large_counts_and_levels_close_to_one() -> None:
+    lower, upper = count_interval(np.array([1.0, 50.0, 1000.0]), np.full(3, 5.0), 1 - 1e-9)
+    assert (upper > 5 * np.array([1, 50, 1000])).all()
+    assert (lower <= np.array([0, 1, 100])).all()
+    known = Posterior(n_scored=1000)
+    assert 0.9999 < known.level_for(0.9999) < 1
+    assert known.level_for(0.9) == pytest.approx(0.9 * 1001 / 1000)
+
+
+def test_more_draws_than_memory_are_refused(halves, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spaformer_sc.tl._uncertainty.available_memory", lambda: 10_000)
+    with pytest.raises(ValueError, match="name fewer `genes`"):
+        sf.tl.sample(halves[0], key_added="lognorm")
 
 
 def test_some_genes_only(shared_tissue) -> None:

@@ -146,6 +146,19 @@ def test_own_counts_are_read_whatever_the_distribution_of_the_gene() -> None:
     assert np.mean((found[:, 1] - relative[:, 1]) ** 2) < 0.9 * np.mean((gamma.mean() - relative[:, 1]) ** 2)
 
 
+def test_genes_of_very_many_counts() -> None:
+    rng = np.random.default_rng(0)
+    mean = np.array([3.0, 1000.0, 20000.0])
+    counts = sp.csr_matrix(rng.poisson(rng.lognormal(0, 0.5, (400, 1)) * mean).astype(np.float32))
+    depth = counts.sum(axis=1).A1.astype(float)
+    group, of_zeros, of_counts = empirical_bayes(counts, depth, mean / depth.mean(), np.ones(3), None)
+    assert np.isfinite(of_zeros).all()
+    assert np.isfinite(of_counts.data).all()
+    relative = counts.toarray() / (depth[:, None] * mean / depth.mean())
+    assert np.median(np.abs(of_counts.toarray()[:, 1:] / relative[:, 1:] - 1)) < 0.1
+    assert len(of_zeros) == group.max() + 1
+
+
 def test_a_gene_with_two_states_and_nothing_else_is_not_reliable() -> None:
     rng = np.random.default_rng(0)
     relative = rng.choice([0.1, 1.9], (4000, 10))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from spaformer_sc import _checks
 from spaformer_sc._keys import Keys
-from spaformer_sc._result import known_of
+from spaformer_sc._result import genes_of, known_of
 from spaformer_sc.training.posterior import standard_deviation
 from spaformer_sc.training.reliability import LEVELS
 
@@ -79,13 +79,14 @@ def imputed(
     params = _checks.check_result(adata, keys.uns)["params"]
     names = [genes] if isinstance(genes, str) else list(genes)
     columns = _checks.check_genes(adata, names)
-    _checks.check_imputed(names, params["genes"])
+    _checks.check_imputed(names, genes_of(params))
     cells = _cells_of(adata, params, fov)
     counts = _checks.counts_of_result(adata, params)
     observed = _scaled(counts, cells, columns, params["output"], float(params["target_sum"]))
     prediction = np.asarray(adata.layers[keys.layer][:, columns])[cells]
-    if params["missing"] is not None:
-        observed[np.asarray(adata.layers[params["missing"]][:, columns], dtype=bool)[cells]] = np.nan
+    missing = _checks.check_layer_of_missing(adata, params["missing"])
+    if missing is not None:
+        observed[missing[cells][:, columns]] = np.nan
     shown = AnnData(observed, var={"gene": names})
     shown.var_names = names
     shown.layers["imputed"] = prediction

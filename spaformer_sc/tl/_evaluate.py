@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from spaformer_sc import __version__, _checks
 from spaformer_sc._config import OUTPUTS
@@ -37,6 +39,7 @@ def evaluate(
     prediction: str = "spaformer",
     scale: str | None = None,
     layer: str | None = None,
+    missing: str | None = None,
     use_rep: str | None = None,
     key_added: str | None = None,
     random_state: int = 0,
@@ -57,11 +60,13 @@ def evaluate(
         Layer with the prediction: name of a result of :func:`spaformer_sc.tl.impute`, or any layer. Genes with NaN are
         not scored.
     scale
-        Scale of the layer: ``"lognorm"``, ``"counts"`` or ``"rate"``. Known of results of
-        :func:`spaformer_sc.tl.impute`; needed for others.
-    layer
-        Layer with the counts that the prediction was made from; None for ``adata.X``. Known of results of
+        Scale of the layer: ``"lognorm"``, ``"counts"`` or ``"rate"``. Needed for layers that are no result of
         :func:`spaformer_sc.tl.impute`.
+    layer
+        Layer with the counts that the prediction was made from; None for ``adata.X``.
+    missing
+        Layer that is True where a gene was not measured; these entries are not scored. It, ``scale`` and ``layer`` are
+        known of results of :func:`spaformer_sc.tl.impute`, and not to be given.
     use_rep
         Representation of the cells in ``adata.obsm``, in which cells alike are scored together; by default that of the
         result, or none: cells are not scored then.
@@ -103,38 +108,38 @@ def evaluate(
     slots = [("var", keys.var(score)) for score in OF_GENES] + [("obs", keys.obs(score)) for score in OF_CELLS]
     _checks.check_key_added(adata, keys.key_added, slots=slots, mark="evaluated")
     record = adata.uns.get(prediction)
-    is_ours = isinstance(record, dict) and "spaformer_sc" in record.get("params", {}) and scale is None
-    if not is_ours:
-        if scale is None:
-            raise ValueError(f"`prediction={prediction!r}` is no result of `sf.tl.impute`; pass `scale=`.")
-        _checks.check_choice("scale", scale, OUTPUTS)
-        if prediction not in adata.layers:
-            raise KeyError(f"`prediction={prediction!r}` is not in `adata.layers`.")
-    values = np.asarray(adata.layers[prediction], dtype=np.float32)
+    params = record.get("params", {}) if isinstance(record, Mapping) else {}
+    is_ours = "spaformer_sc" in params
+    if is_ours:
+        for name, given in (("scale", scale), ("layer", layer), ("missing", missing)):
+            if given is not None:
+                raise ValueError(f"`{name}={given!r}`: it is known of the result {prediction!r}; leave it out.")
+        scale, layer, missing = params["output"], params["layer"], params["missing"]
+        use_rep = Keys(prediction).embedding if use_rep is None else use_rep
+    elif scale is None:
+        raise ValueError(f"`prediction={prediction!r}` is no result of `sf.tl.impute`; pass `scale=`.")
+    _checks.check_choice("scale", scale, OUTPUTS)
+    if prediction not in adata.layers:
+        raise KeyError(f"`prediction={prediction!r}` is not in `adata.layers`.")
+    values = adata.layers[prediction]
+    values = np.asarray(values.toarray() if sp.issparse(values) else values, dtype=np.float32)
     genes = np.flatnonzero(np.isfinite(values).all(axis=0))
     if not len(genes):
         raise ValueError(f"`prediction={prediction!r}` holds NaN or infinite values in every gene.")
-    missing = None
-    if is_ours:
-        params = record["params"]
-        layer, name = params["layer"], params["missing"]
-        missing = None if name is None else np.asarray(adata.layers[name][:, genes], dtype=bool)
-        scale = params["output"]
-        if use_rep is None:
-            use_rep = Keys(prediction).embedding
+    hidden = _checks.check_layer_of_missing(adata, missing)
     if use_rep is not None and use_rep not in adata.obsm:
         raise KeyError(f"`use_rep={use_rep!r}` is not in `adata.obsm`.")
     seed = _checks.check_integer("random_state", random_state, minimum=0)
-    train = _checks.read_counts(adata, layer)[:, genes]
-    held = _checks.read_counts(adata, held_out)[:, genes]
-    by_model = is_ours and record["posterior"] is not None and params["zeros"] == "impute"
-    if by_model:
+    rng = np.random.default_rng(seed)
+    train, held = (_whole(_checks.read_counts(adata, name), rng)[:, genes] for name in (layer, held_out))
+    if is_ours and record["posterior"] is not None and params["zeros"] == "impute":
         rates = known_of(adata, adata.var_names[genes], prediction).mean.astype(np.float32)
     else:
         rates = convert(values[:, genes], str(scale), "rate")
-    if missing is not None:
-        train, held = (counts.multiply(~missing).tocsr() for counts in (train, held))
-    overall, per_gene, gains = held_out_scores(held, rates, train, missing, np.random.default_rng(seed))
+    if hidden is not None:
+        hidden = hidden[:, genes]
+        train, held = (counts.multiply(~hidden).tocsr() for counts in (train, held))
+    overall, per_gene, gains = held_out_scores(held, rates, train, hidden, rng)
     per_gene.index = adata.var_names[genes]
     per_gene = per_gene[list(OF_GENES)].reindex(adata.var_names)
     per_gene["held_out"] = per_gene["held_out"].fillna(0).astype(np.int64)
@@ -143,6 +148,24 @@ def evaluate(
         alike = groups_alike(np.asarray(adata.obsm[use_rep], dtype=np.float32), seed)
         scored = scores_of_groups(gains, np.asarray(held.sum(axis=1), dtype=np.float64).ravel(), alike)
         cells = scored.iloc[alike][list(OF_CELLS)]
-    params = {"evaluated": prediction, "spaformer_sc": __version__, "held_out": held_out, "scale": scale}
-    params |= {"layer": layer, "use_rep": use_rep, "random_state": seed}
-    write_scores(adata, keys, gene_scores=per_gene, cell_scores=cells, record={"params": params, "scores": overall})
+    said: dict[str, Any] = {
+        "evaluated": prediction,
+        "version": __version__,
+        "held_out": held_out,
+        "scale": str(scale),
+        "layer": layer,
+    }
+    said |= {"missing": missing, "use_rep": use_rep, "random_state": seed}
+    write_scores(
+        adata,
+        keys,
+        gene_scores=per_gene,
+        cell_scores=cells,
+        record={"params": said, "scores": overall},
+        clear=[keys.obs(score) for score in OF_CELLS if score not in cells],
+    )
+
+
+def _whole(counts: sp.csr_matrix, rng: np.random.Generator) -> sp.csr_matrix:
+    """Counts with fractions rounded at random, as in a fit."""
+    return counts if _checks.is_whole(counts) else _checks.integerize(counts, rng)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spaformer_sc import _checks
-from spaformer_sc._result import known_of
+from spaformer_sc._memory import available_memory
+from spaformer_sc._result import Entries
 from spaformer_sc.training.posterior import count_interval, mean_interval
 from spaformer_sc.training.posterior import detection as detection_of
 
@@ -27,7 +28,7 @@ class Interval:
     Attributes
     ----------
     lower, upper
-        Ends, both inside (cells × genes): int32 for counts, float64 for rates.
+        Ends, both inside (cells × genes): int32 for counts, float32 for rates.
     level
         Share of the entries that they are meant to hold.
     genes
@@ -93,12 +94,16 @@ def interval(
     """
     level = _checks.check_share("level", level)
     _checks.check_choice("of", of, OF)
-    known = known_of(adata, genes, key_added)
-    if of == "count":
-        lower, upper = count_interval(known.mean, known.shape, known.posterior.level_for(level))
-        return Interval(lower, upper, level, known.genes)
-    low, high = mean_interval(known.mean, known.shape, level)
-    return Interval(low * known.per_count, high * known.per_count, level, known.genes)
+    entries = Entries(adata, genes, key_added)
+    dtype = np.int32 if of == "count" else np.float32
+    found = Interval(np.empty(entries.shape, dtype), np.empty(entries.shape, dtype), level, entries.genes)
+    for rows, known in entries.blocks():
+        if of == "count":
+            low, high = count_interval(known.mean, known.shape, known.posterior.level_for(level))
+        else:
+            low, high = (end * known.per_count for end in mean_interval(known.mean, known.shape, level))
+        found.lower[rows], found.upper[rows] = low, high
+    return found
 
 
 def sample(
@@ -138,7 +143,7 @@ def sample(
     Raises
     ------
     KeyError, ValueError
-        As in :func:`interval`.
+        As in :func:`interval`; also if there is not memory enough for the draws.
 
     Examples
     --------
@@ -147,12 +152,19 @@ def sample(
     n = _checks.check_integer("n", n)
     _checks.check_choice("of", of, OF)
     rng = np.random.default_rng(_checks.check_integer("random_state", random_state, minimum=0))
-    known = known_of(adata, genes, key_added)
-    draws = np.empty((n, *known.mean.shape), dtype=np.float32)
-    scale = known.mean / known.shape
-    for draw in draws:
-        drawn = rng.gamma(known.shape, scale)
-        draw[...] = rng.poisson(drawn) if of == "count" else drawn * known.per_count
+    entries = Entries(adata, genes, key_added)
+    need, free = 4 * n * entries.shape[0] * entries.shape[1], available_memory()
+    if free is not None and need > free:
+        raise ValueError(
+            f"{n} draws of {entries.shape[0]} cells × {entries.shape[1]} genes take {need / 2**30:.1f} GiB and only "
+            f"{free / 2**30:.1f} GiB of memory are free: name fewer `genes`, or ask for fewer draws (`n`) at a time."
+        )
+    draws = np.empty((n, *entries.shape), dtype=np.float32)
+    for rows, known in entries.blocks():
+        scale = known.mean / known.shape
+        for draw in draws:
+            drawn = rng.gamma(known.shape, scale)
+            draw[rows] = rng.poisson(drawn) if of == "count" else drawn * known.per_count
     return draws
 
 
@@ -191,5 +203,8 @@ def detection(
     >>> likely = sf.tl.detection(adata, ["EPCAM"], capture=5)
     """
     capture = _checks.check_positive("capture", capture)
-    known = known_of(adata, genes, key_added)
-    return np.asarray(detection_of(known.mean, known.shape, capture), dtype=np.float32)
+    entries = Entries(adata, genes, key_added)
+    found = np.empty(entries.shape, dtype=np.float32)
+    for rows, known in entries.blocks():
+        found[rows] = detection_of(known.mean, known.shape, capture)
+    return found

@@ -40,8 +40,10 @@ LEAST_ENTRIES = 1000
 """Entries of a stratum below which nothing is said of it."""
 MOST_ENTRIES = 2_000_000
 """Entries that coverage is measured on, those of cells drawn at random; the error is then below 0.001."""
+LEAST_KNOWN = 10
+"""Log-normalised values of a gene below which no dispersion is found from them."""
 LEAST_SHAPE, LARGEST_SHAPE = 1e-3, 1e6
-_LEAST_MEAN = 1e-9
+_LEAST_MEAN, _LEAST_PROB = 1e-9, 1e-12
 _TYPICAL = np.array([0.7, 0.4, 0.0])
 """What (log α, β, log γ) is taken for before counts are seen."""
 _SPREAD = np.array([1.0, 0.4, 0.7])
@@ -98,7 +100,8 @@ class Posterior:
         if not self.n_scored:
             return wanted
         aim = min(wanted * (self.n_scored + 1) / self.n_scored, 1.0)
-        return float(np.interp(aim, np.maximum.accumulate(self.coverage), LEVELS))
+        found = float(np.interp(aim, np.maximum.accumulate(self.coverage), LEVELS))
+        return min(found, 1 - (1 - wanted) / 10)  # no counts can tell of levels so close to 1
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and lists of them, for files."""
@@ -203,7 +206,7 @@ def fit_shape(
     return _most_likely(n, mean, ratio * mean, own, at, value, times)
 
 
-def fit_shape_where_missing(mean: FloatArray, held: FloatArray) -> tuple[float, float]:
+def fit_shape_where_missing(mean: FloatArray, held: FloatArray) -> tuple[float, float] | None:
     r"""Find the :math:`\log\alpha, \beta` under which the counts of held-out entries are most likely.
 
     Parameters
@@ -215,10 +218,10 @@ def fit_shape_where_missing(mean: FloatArray, held: FloatArray) -> tuple[float, 
 
     Returns
     -------
-    The two numbers; the typical ones where there are fewer than :data:`LEAST_COUNTS` transcripts.
+    The two numbers; None where there are fewer than :data:`LEAST_COUNTS` transcripts.
     """
     if held.sum() < LEAST_COUNTS:
-        return float(_TYPICAL[0]), float(_TYPICAL[1])
+        return None
     mean = np.maximum(mean, _LEAST_MEAN)
     at = np.flatnonzero(held)
     once = np.ones_like(mean)
@@ -377,7 +380,7 @@ def ranks(counts: NDArray[Any], mean: NDArray[Any], shape: NDArray[Any], rng: np
     return np.asarray((above + part).reshape(size))
 
 
-def count_interval(mean: NDArray[Any], shape: NDArray[Any], level: float) -> tuple[NDArray[np.int32], ...]:
+def count_interval(mean: NDArray[Any], shape: NDArray[Any], level: float) -> tuple[NDArray[Any], NDArray[Any]]:
     """Find the shortest interval that holds a count with a probability of at least ``level``.
 
     Parameters
@@ -400,7 +403,7 @@ def count_interval(mean: NDArray[Any], shape: NDArray[Any], level: float) -> tup
     up.move(everywhere)
     down.move(everywhere)
     active = everywhere
-    while len(active := active[(mass[active] < level) & (up.prob[active] + down.prob[active] > 0)]):
+    while len(active := active[(mass[active] < level) & (up.prob[active] + down.prob[active] > _LEAST_PROB)]):
         higher = up.prob[active] >= down.prob[active]
         rise, fall = active[higher], active[~higher]
         mass[rise] += up.prob[rise]
@@ -412,7 +415,7 @@ def count_interval(mean: NDArray[Any], shape: NDArray[Any], level: float) -> tup
     return lower.astype(np.int32).reshape(size), upper.astype(np.int32).reshape(size)
 
 
-def mean_interval(mean: NDArray[Any], shape: NDArray[Any], level: float) -> tuple[FloatArray, FloatArray]:
+def mean_interval(mean: NDArray[Any], shape: NDArray[Any], level: float) -> tuple[NDArray[Any], NDArray[Any]]:
     """Central interval of gamma distributions of given mean and shape, with equal tails; arguments broadcast."""
     tail = (1 - level) / 2
     return tuple(np.asarray(gammaincinv(shape, q) * mean / shape) for q in (tail, 1 - tail))  # type: ignore[return-value]
@@ -479,7 +482,8 @@ def dispersion_of_lognorm(mean: NDArray[Any], values: NDArray[Any], scale: Float
 
     Returns
     -------
-    Inverse dispersion (genes,) with which the sum of the expectations is that of ``values``, from 0.01 to 1e6.
+    Inverse dispersion (genes,) with which the sum of the expectations is that of ``values``, from 0.01 to 1e6; NaN for
+    a gene of which fewer than :data:`LEAST_KNOWN` values are known.
     """
     import torch
 
@@ -495,7 +499,7 @@ def dispersion_of_lognorm(mean: NDArray[Any], values: NDArray[Any], scale: Float
         theta = torch.from_numpy(np.exp(middle).astype(np.float32)).expand(values.shape)
         found = expected_log1p(mu, factor, dispersion=theta).sum(0, dtype=torch.float64).numpy()
         low, high = np.where(found < wanted, middle, low), np.where(found < wanted, high, middle)
-    return np.asarray(np.exp((low + high) / 2))
+    return np.where(known.sum(axis=0) >= LEAST_KNOWN, np.exp((low + high) / 2), np.nan)
 
 
 # --- scales of a layer ------------------------------------------------------------------------------------------------

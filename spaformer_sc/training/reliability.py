@@ -323,12 +323,15 @@ def empirical_bayes(
         weight = np.concatenate([zeros, times]).astype(np.float64)
         grid = np.geomspace(0.01, max(10.0, 1.5 * float((value / mean).max())), _N_RATES)
         log_prob = value[:, None] * np.log(mean[:, None] * grid) - mean[:, None] * grid
-        prob = np.exp(log_prob - log_prob.max(axis=1, keepdims=True))
+        occurs = weight > 0
+        prob = np.exp(log_prob[occurs] - log_prob[occurs].max(axis=1, keepdims=True))
         share = np.full(_N_RATES, 1 / _N_RATES)
         for _ in range(_N_ITERATIONS):
-            share *= (weight / (prob @ share)) @ prob
+            share *= (weight[occurs] / np.maximum(prob @ share, 1e-300)) @ prob
             share /= share.sum()
-        found = (prob @ (share * grid)) / (prob @ share)
+        log_prob += np.log(np.maximum(share, 1e-300))
+        prob = np.exp(log_prob - log_prob.max(axis=1, keepdims=True))
+        found = (prob @ grid) / prob.sum(axis=1)
         of_zeros[:, gene] = found[: len(parts)]
         of_counts[own] = found[len(parts) :][number.ravel()]
     return group, of_zeros, sp.csc_matrix((of_counts, by_gene.indices, by_gene.indptr), counts.shape).tocsr()
