@@ -98,7 +98,7 @@ def test_contributions_lead_from_the_baseline_to_the_imputed_value(tissue, argum
 def test_baseline_is_what_is_imputed_from_mean_expression_at_each_cells_depth(shared_tissue, monkeypatch, tiles):
     tissue = one_image(shared_tissue) if tiles else shared_tissue
     fitted = model(**tiles).fit(tissue)
-    monkeypatch.setattr(fitted, "_fractional", True)
+    monkeypatch.setattr(fitted, "fractional", True)
     expected = log_rates(fitted, with_counts(tissue, at_baseline(tissue, fitted._gene_share)))
     for cell in (3, 100):
         found = sf.tl.attribution(tissue, fitted, "CD68", cell, n_steps=1)
@@ -109,7 +109,7 @@ def test_baseline_is_what_is_imputed_from_mean_expression_at_each_cells_depth(sh
 def test_one_step_is_the_slope_of_impute_half_way(shared_tissue, monkeypatch, encoder):
     """With one point of the path, a contribution is a directional derivative, which finite differences give too."""
     fitted = model(encoder=encoder, max_epochs=40).fit(shared_tissue)
-    monkeypatch.setattr(fitted, "_fractional", True)
+    monkeypatch.setattr(fitted, "fractional", True)
     cell, gene = 20, shared_tissue.var_names.get_loc("EPCAM")
     start = at_baseline(shared_tissue, fitted._gene_share)
     change = shared_tissue.X.toarray() - start
