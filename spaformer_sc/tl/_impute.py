@@ -176,8 +176,8 @@ def impute(
         Standard deviation of the posterior in the same scale; for ``"lognorm"`` to first order. NaN in cells without
         counts.
     ``adata.obsm["X_" + key_added]`` : float32 (cells × n_latent)
-        Latent space, for ``sc.pp.neighbors(adata, use_rep="X_spaformer")``; that of the first network. It knows a cell's
-        neighbours; for cell types, use ``sc.pp.pca(adata, layer="spaformer")``.
+        Latent space, for ``sc.pp.neighbors(adata, use_rep="X_spaformer")``; that of the first network. It knows a
+        cell's neighbours; for cell types, use ``sc.pp.pca(adata, layer="spaformer")``.
     ``adata.var[key_added + "_pearson"]`` : float64 (genes)
         Pearson correlation over cells of held-out counts with their prediction, both log-normalised, so that depth
         plays no part; the gene mean scores 0. NaN where nothing was held out.
