@@ -64,6 +64,14 @@ def test_ranks_are_the_probability_of_what_is_likelier() -> None:
             np.testing.assert_allclose(ranks(np.arange(len(p)), mean, shape, None), wanted, atol=1e-6)
 
 
+def test_ranks_in_heavy_tails() -> None:
+    counts, mean, shape = np.array([0, 3, 4000, 90000]), np.array([5.0, 400.0, 5.0, 2e4]), np.full(4, 1e-3)
+    wanted = stats.nbinom(shape, shape / (shape + mean)).cdf(counts - 1)
+    np.testing.assert_allclose(ranks(counts, mean, shape, None), wanted, rtol=1e-6)
+    far = ranks(np.array([0, 5000]), np.full(2, 1000.0), np.full(2, 200.0), None)
+    np.testing.assert_allclose(far, 1, atol=1e-9)
+
+
 def test_randomised_ranks_of_counts_as_predicted_are_uniform() -> None:
     rng = np.random.default_rng(0)
     mean, shape = rng.lognormal(-1, 1.5, 20000), rng.lognormal(0, 1, 20000)

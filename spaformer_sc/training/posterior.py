@@ -24,7 +24,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.special import gammaincinv, gammaln
+from scipy.special import betainc, gammaincinv, gammaln
 
 from spaformer_sc.metrics._protocols import row_blocks
 
@@ -365,15 +365,19 @@ def ranks(counts: NDArray[Any], mean: NDArray[Any], shape: NDArray[Any], rng: np
     """
     (x, mu, a), size = _flat(counts, np.maximum(mean, _LEAST_MEAN), shape)
     own = np.exp(_log_prob(x, mu, a))
-    above = np.zeros_like(own)
     mode = _mode(mu, a)
+    # Where 0 is the likeliest count, those more likely than a count are those below it.
+    above = np.where(x > 0, betainc(a, np.maximum(x, 1), a / (a + mu)), 0.0)
+    inside = np.flatnonzero(mode > 0)
+    above[inside] = 0.0
     top = np.exp(_log_prob(mode, mu, a))
+    least = np.maximum(own * (1 + 1e-9), _LEAST_PROB)
     for step in (1, -1):
         walk = _Walk(mode, top, mu, a, step)
-        active = np.arange(len(x))
+        active = inside
         if step < 0:
             walk.move(active)
-        while len(active := active[walk.prob[active] > own[active] * (1 + 1e-9)]):
+        while len(active := active[walk.prob[active] > least[active]]):
             above[active] += walk.prob[active]
             walk.move(active)
     part = 0.0 if rng is None else rng.random(len(x)) * own
