@@ -309,26 +309,24 @@ def draw(rows: list[Row], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    sets = sorted({(row["data"], row["labels"]) for row in rows})
     methods = sorted({row["method"] for row in rows})
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
-    for ax, (name, title) in zip(axes.ravel(), SCORES.items(), strict=False):
+    figure, axes = plt.subplots(2, 4, figsize=(15, 8), layout="constrained")
+    for ax, (name, title) in zip(axes.ravel(), SCORES.items(), strict=True):
+        scored = [row for row in rows if row[name] != "nan"]
+        sets = sorted({(row["data"], row["labels"]) for row in scored})
         for number, method in enumerate(methods):
             heights = []
             for place in sets:
-                values = [
-                    float(r[name])
-                    for r in rows
-                    if (r["data"], r["labels"]) == place and r["method"] == method and r[name] != "nan"
-                ]
-                heights.append(statistics.mean(values) if values else 0.0)
+                of = [r for r in scored if (r["data"], r["labels"]) == place and r["method"] == method]
+                heights.append(statistics.mean(float(r[name]) for r in of) if of else 0.0)
             offset = 0.8 * number / len(methods)
             ax.bar([i + offset for i in range(len(sets))], heights, 0.75 / len(methods), label=method)
         ax.set_title(title, fontsize=9)
-        names = [f"{data[:14]}\n{label}" for data, label in sets]
-        ax.set_xticks([i + 0.35 for i in range(len(sets))], names, fontsize=7)
-    axes.ravel()[-1].axis("off")
-    axes.ravel()[-1].legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, frameon=False, loc="center")
+        names = [f"{data[:16]}: {label}" for data, label in sets]
+        ax.set_xticks([i + 0.35 for i in range(len(sets))], names, fontsize=7, rotation=20, ha="right")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), fontsize=9, frameon=False, loc="outside lower center", ncols=6
+    )
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
