@@ -156,10 +156,13 @@ def load(data: str, labels: str, library_key: str, seed: int) -> tuple[Any, Any,
     import anndata as ad
     import numpy as np
     import pandas as pd
-    import squidpy as sq
     from scipy import sparse
 
     import spaformer_sc as sf
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of squidpy, about itself
+        import squidpy as sq
 
     given = sf.datasets.simulated_tissue(random_state=seed) if data == "simulated" else ad.read_h5ad(data)
     given = given[~given.obs[labels].isna()]

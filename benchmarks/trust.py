@@ -395,9 +395,8 @@ def draw(rows: list[Row], path: Path) -> None:
         heights = [100 * statistics.mean(found.get(("tests", score, method), [math.nan])) for score in scores]
         right.bar([i + 0.2 * number for i in range(len(scores))], heights, 0.18, label=method)
     right.axhline(100 * ALPHA, color="0.3", linewidth=0.8, linestyle="--")
-    right.set_xticks(
-        [i + 0.27 for i in range(len(scores))], [score.replace(", ", ",\n") for score in scores], fontsize=7
-    )
+    labels = [score.replace("between ", "between\n").replace(" of", "\nof").replace(", ", ",\n") for score in scores]
+    right.set_xticks([i + 0.3 for i in range(len(scores))], labels, fontsize=7)
     right.set_ylabel(f"genes with p < {ALPHA}, %")
     right.legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)

@@ -72,8 +72,11 @@ def imputed(
     >>> sf.pl.imputed(adata, ["EPCAM", "VIM"])
     """
     import matplotlib.pyplot as plt
-    import squidpy as sq
     from anndata import AnnData
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of squidpy, about itself
+        import squidpy as sq
 
     keys = Keys(key_added)
     params = _checks.check_result(adata, keys.uns)["params"]
