@@ -34,7 +34,7 @@ SCORES = {
     "moran": "spatial genes, Spearman",
     "top": "spatial genes, shared of 50",
     "truth": "spatial genes, Spearman with the truth",
-    "mixing": "towards the other type at borders",
+    "mixing": "towards the other type at borders (lower is better)",
 }
 COLUMNS = (*KEY, "code", "n_cells", "n_labels", *SCORES)
 N_COMPONENTS, N_NEIGHBORS, N_TOP = 30, 15, 50

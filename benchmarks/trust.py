@@ -246,11 +246,12 @@ def tests(data: str, library_key: str, quality: str, seed: int) -> list[tuple[st
         for method, values in p.items():
             found.setdefault((where, method, "null"), []).extend(values[is_null] < ALPHA)
             found.setdefault((where, method, "changed"), []).extend(values[~is_null & (change >= 0.5)] < ALPHA)
-    return [
-        (f"{where}, {'no difference' if kind_of == 'null' else 'true difference'}", method, float(np.mean(values)))
-        for (where, method, kind_of), values in found.items()
-        if values
-    ]
+    shares = []
+    for (where, method, kind_of), values in found.items():
+        name = f"{where}, {'no difference' if kind_of == 'null' else 'true difference'}"
+        if values:
+            shares += [(name, method, float(np.mean(values))), (name, "number", float(len(values)))]
+    return shares
 
 
 FUNCTIONS = {"halves": halves, "missing": missing, "shuffled": shuffled, "tests": tests}
@@ -283,7 +284,8 @@ def tables(rows: list[Row]) -> str:
             values.setdefault(place, []).append(float(row["value"]))
     seeds = sorted({row["seed"] for row in rows}, key=int)
     quality = sorted({row["quality"] for row in rows})
-    page = [f'Seeds {", ".join(seeds)}; `quality="{", ".join(quality)}"`; mean ± standard deviation over seeds.', ""]
+    over = "mean ± standard deviation over seeds" if len(seeds) > 1 else "one seed, no spread"
+    page = [f'Seeds {", ".join(seeds)}; `quality="{", ".join(quality)}"`; {over}.', ""]
 
     def sets(part: str) -> list[str]:
         return sorted({data for p, data, _, _ in values if p == part})
@@ -302,7 +304,10 @@ def tables(rows: list[Row]) -> str:
                     line.append(" to ".join(end.split(" ")[0] for end in ends) if all(ends) else "")
                 lines.append(line)
         page += markdown(("data", "level", "inside", "randomised", *STRATA), lines)
-        page += ["**Zeros: predicted probability of a count in the other half, and how often there was one, %**", ""]
+        page += [
+            "**Observed zeros by predicted probability of a count in the other half: prediction / share seen, %**",
+            "",
+        ]
         bins = [f"({low:g}, {high:g}]" for low, high in zip((0.0, *CAPTURES), CAPTURES, strict=False)]
         page += markdown(
             ("data", *bins, "kept zeros, share", "counted in the other half"),
@@ -357,8 +362,15 @@ def tables(rows: list[Row]) -> str:
         page += [f"**Genes found to differ between groups of cells at p < {ALPHA}, %**", ""]
         scores = sorted({score for p, _, score, _ in values if p == "tests"})
         page += markdown(
-            ("groups", *TESTED),
-            [[score, *(cell("tests", SIMULATED, score, method) for method in TESTED)] for score in scores],
+            ("groups", "number of tests", *TESTED),
+            [
+                [
+                    score,
+                    cell("tests", SIMULATED, score, "number", False).split(" ")[0].split(".")[0],
+                    *(cell("tests", SIMULATED, score, method) for method in TESTED),
+                ]
+                for score in scores
+            ],
         )
     return "\n".join(page)
 

@@ -504,6 +504,18 @@ class SpaFormer:
         overall, per_gene = scores_of_neighbours(split.test, around, train, missing)
         self.scores |= overall
         self.gene_scores = self.gene_scores.join(per_gene)
+        if np.isnan(self.scores["gain_over_baseline_se"]):
+            logger.warning(
+                "too few transcripts or cells to hold some out: nothing can be said of how good the result is."
+            )
+        elif not self.scores["better_than_baseline"]:
+            logger.warning(
+                "the imputation was not shown to be better than each gene's mean and own counts: %.4f nats gained on "
+                "each held-out transcript, with a standard error of %.4f. Do not rely on it: the cells or transcripts "
+                "may be too few to tell, or too few to learn from, or the genes unrelated to one another.",
+                self.scores["gain_over_baseline"],
+                self.scores["gain_over_baseline_se"],
+            )
 
     def _calibrated(
         self,

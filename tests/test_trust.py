@@ -81,7 +81,8 @@ def test_tables_and_runs_that_are_there(trust, tmp_path, capsys, monkeypatch: py
         + [("predicted", "(0, 0.05]", 0.02), ("seen", "(0, 0.05]", 0.03), ("genes", "reliable", 12.0)],
         "missing": [("inside 0.8", "all", 0.91)],
         "shuffled": [("genes", "shuffled", 15.0), ("reliable", "shuffled", 0.02)],
-        "tests": [("between cell types, no difference", method, 0.05) for method in trust.TESTED],
+        "tests": [("between cell types, no difference", method, 0.05) for method in trust.TESTED]
+        + [("between cell types, no difference", "number", 300.0)],
     }
 
     def run(command, **_):
@@ -102,7 +103,7 @@ def test_tables_and_runs_that_are_there(trust, tmp_path, capsys, monkeypatch: py
         "| shuffled | 15 | 2.0 ± 0.0 |",
     ):
         assert text in page
-    assert "| between cell types, no difference | 5.0 ± 0.0 |" in page
+    assert "| between cell types, no difference | 300 | 5.0 ± 0.0 |" in page
     assert (tmp_path / "trust.png").stat().st_size > 10_000
     assert trust.main(command) == 0
     assert len(made) == 2 * len(trust.PARTS)

@@ -15,7 +15,7 @@ from spaformer_sc import _checks
 from spaformer_sc._keys import Keys
 from spaformer_sc._result import genes_of, known_of
 from spaformer_sc.training.posterior import standard_deviation
-from spaformer_sc.training.reliability import LEVELS
+from spaformer_sc.training.reliability import CLEARLY, LEAST_CORRELATION, LEVELS, SURELY
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -108,8 +108,8 @@ def imputed(
         zeros = np.mean(observed[np.isfinite(observed[:, names.index(gene)]), names.index(gene)] == 0)
         titles = (
             f"{gene}: observed ({zeros:.0%} zeros)",
-            f"imputed, {params['output']} ({verdicts.iloc[column]})",
-            "uncertainty (standard deviation)",
+            f"{gene}: imputed, {params['output']} ({verdicts.iloc[column]})",
+            f"{gene}: uncertainty (standard deviation)",
         )
         for ax, (layer, panel), title in zip(row, panels, titles, strict=False):
             values = panel[:, names.index(gene)]
@@ -118,15 +118,17 @@ def imputed(
                 warnings.simplefilter("ignore", PendingDeprecationWarning)  # of matplotlib, for squidpy
                 sq.pl.spatial_scatter(
                     shown, color=gene, layer=layer, shape=None, library_key="part", size=size, cmap=cmap,
-                    vmin=0, vmax=top, title=title, ax=ax, fig=figure, frameon=False,
+                    vmin=0, vmax=top, title=title, ax=ax, fig=figure, frameon=False, colorbar=False,
                 )  # fmt: skip
+            figure.colorbar(ax.collections[0], ax=ax, shrink=0.6, pad=0.01)
     return np.asarray(axes)
 
 
 def reliability(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = None) -> Axes:
-    """Draw what can be believed: each gene's estimated correlation with the truth against its held-out transcripts.
+    """Draw what can be believed: each gene's gain over its own counts, and its estimated correlation with the truth.
 
-    Colours are the verdicts (:func:`spaformer_sc.tl.impute`), bars one standard error.
+    Colours are the verdicts (:func:`spaformer_sc.tl.impute`), lines what they ask for: the gain over the baseline in
+    units of its standard error, and the correlation. Larger points have more held-out transcripts.
 
     Parameters
     ----------
@@ -150,21 +152,26 @@ def reliability(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
 
     keys = Keys(key_added)
     _checks.check_result(adata, keys.uns)
-    held, value, error, verdict = (
+    held, value, gain, error, verdict = (
         adata.var[keys.var(name)]
-        for name in ("held_out", "true_correlation", "true_correlation_se", "reliability")
-    )  # fmt: skip
+        for name in ("held_out", "true_correlation", "gain_over_baseline", "gain_over_baseline_se", "reliability")
+    )
     ax = plt.subplots(figsize=(6, 4), layout="constrained")[1] if ax is None else ax
     for name, colour in COLOURS.items():
-        of = (verdict == name) & value.notna() & (held > 0)
-        ax.errorbar(
-            held[of], value[of], error[of].fillna(0), fmt="o", color=colour, ecolor=colour, markersize=3,
-            elinewidth=0.4, alpha=0.7, label=f"{name}: {int((verdict == name).sum())} genes",
+        of = (verdict == name) & value.notna() & (error > 0)
+        size = 2 + 4 * np.log10(np.maximum(held[of], 1)) ** 1.5
+        ax.scatter(
+            gain[of] / error[of], value[of], s=size, color=colour, alpha=0.7, linewidth=0,
+            label=f"{name}: {int((verdict == name).sum())} genes",
         )  # fmt: skip
-    ax.set_xscale("log")
+    for x in (CLEARLY, SURELY):
+        ax.axvline(x, color="0.6", linewidth=0.8, linestyle=":")
+    ax.plot(
+        [SURELY, max(ax.get_xlim()[1], 2 * SURELY)], [LEAST_CORRELATION] * 2, color="0.6", linewidth=0.8, linestyle=":"
+    )
+    ax.set_xscale("symlog", linthresh=SURELY)
     ax.set_ylim(-0.3, 1.05)
-    ax.axhline(0, color="0.6", linewidth=0.8)
-    ax.set_xlabel("held-out transcripts of the gene")
+    ax.set_xlabel("gain over the gene's own counts, in standard errors")
     ax.set_ylabel("estimated correlation with the truth")
     ax.legend(fontsize=8, frameon=False)
     return ax
@@ -215,7 +222,7 @@ def calibration(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, -5), max(high, 5))
     ax.set_xlabel("level of the intervals, %")
-    ax.set_ylabel("held-out counts inside, less that: points")
+    ax.set_ylabel("held-out counts inside, minus level (points)")
     ax.legend(title="expected count", fontsize=8, frameon=False)
     return ax
 

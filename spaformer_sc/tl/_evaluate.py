@@ -24,6 +24,8 @@ OF_GENES = (
     "deviance_explained",
     "deviance_explained_se",
     "gain",
+    "gain_over_baseline",
+    "gain_over_baseline_se",
     "true_correlation",
     "true_correlation_se",
     "held_out",
@@ -80,8 +82,8 @@ def evaluate(
     None. These fields are set, as :func:`spaformer_sc.tl.impute` explains them:
 
     ``adata.var[key_added + …]`` (genes)
-        ``_pearson``, ``_deviance_explained``, ``_gain`` and ``_true_correlation``, float64, the first two and the last
-        with ``…_se``; ``_held_out``, int64; ``_reliability``, categorical.
+        ``_pearson``, ``_deviance_explained``, ``_gain_over_baseline`` and ``_true_correlation``, float64, with
+        ``…_se``; ``_gain``, float64; ``_held_out``, int64; ``_reliability``, categorical.
     ``adata.obs[key_added + …]`` (cells), where cells have a representation
         ``_gain``, ``_gain_se``, float64; ``_reliability``, categorical.
     ``adata.uns[key_added]`` : dict

@@ -28,6 +28,8 @@ SCORES = (
     "deviance_explained_se",
     "deviance_explained_neighbours",
     "gain",
+    "gain_over_baseline",
+    "gain_over_baseline_se",
     "true_correlation",
     "true_correlation_se",
     "held_out",
@@ -187,9 +189,12 @@ def impute(
     ``adata.var[key_added + "_pearson_neighbours"]``, ``…_deviance_explained_neighbours`` : float64 (genes)
         The same scores of a simple baseline: the cell's own counts, those of its direct neighbours and the gene means,
         mixed by weights fitted to other held-out transcripts. The gene mean scores 0 in both.
+    ``adata.var[key_added + "_gain_over_baseline"]``, ``…_gain_over_baseline_se`` : float64 (genes)
+        Log-likelihood gained per held-out transcript (nats) over what the gene's own counts tell, and its standard
+        error: what the verdict rests on.
     ``adata.var[key_added + "_true_correlation"]`` : float64 (genes)
         Estimate of the correlation over cells of imputed with true relative expression, with the noise of held-out
-        counts taken out; what varies beyond Poisson noise counts as truth. NaN where nothing does.
+        counts taken out; what varies beyond Poisson noise counts as truth. Cut at −1 and 1; NaN where nothing varies.
     ``adata.var[key_added + "_pearson_se"]``, ``…_deviance_explained_se``, ``…_true_correlation_se`` : float64 (genes)
         Standard errors of these scores (jackknife over 20 groups of cells).
     ``adata.var[key_added + "_held_out"]`` : int64 (genes)
@@ -328,16 +333,6 @@ def impute(
         sd=_among_all(deviation, columns, adata.n_vars) if sd and deviation is not None else None,
     )
     scores = model.scores
-    if np.isnan(scores["gain_over_baseline_se"]):
-        logger.warning("too few transcripts or cells to hold some out: nothing can be said of how good the result is.")
-    elif not scores["better_than_baseline"]:
-        logger.warning(
-            "the imputation is no better than each gene's mean and own counts: %.4f nats gained on each held-out "
-            "transcript, with a standard error of %.4f. Do not use it. The cells may be too few, or their genes "
-            "unrelated to one another.",
-            scores["gain_over_baseline"],
-            scores["gain_over_baseline_se"],
-        )
     logger.info(
         "held-out transcripts: %.3f nats gained on each over gene means; median correlation per gene %.3f, with single "
         "transcripts, whose noise keeps it low",

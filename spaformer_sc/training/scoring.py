@@ -112,7 +112,8 @@ def held_out_scores(
     overall_names = ("gain", "deviance_explained", "median_pearson", "gain_over_baseline", "gain_over_baseline_se")
     if not held.nnz or not train.nnz:
         numbers = ("pearson", "deviance_explained", "gain", "true_correlation")
-        with_errors = ("pearson_se", "deviance_explained_se", "true_correlation_se")
+        over = "gain_over_baseline", "gain_over_baseline_se"
+        with_errors = ("pearson_se", "deviance_explained_se", "true_correlation_se", *over)
         per_gene = pd.DataFrame({**dict.fromkeys((*numbers, *with_errors), math.nan), "held_out": held_out})
         codes = np.zeros(len(held_out), dtype=np.int8)
         per_gene["reliability"] = pd.Categorical.from_codes(codes, categories=list(LEVELS), ordered=True)
