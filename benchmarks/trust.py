@@ -293,6 +293,11 @@ def tables(rows: list[Row]) -> str:
     def cell(part: str, data: str, score: str, of: str, percent: bool = True) -> str:
         return spread(values.get((part, data, score, of), []), percent)
 
+    def whole(part: str, data: str, score: str, of: str) -> str:
+        found = values.get((part, data, score, of), [])
+        error = f" ± {statistics.stdev(found):.0f}" if len(found) > 1 else ""
+        return f"{statistics.mean(found):.0f}{error}" if found else ""
+
     if sets("halves"):
         page += ["**Coverage of counts of the other half, %**", ""]
         lines = []
@@ -329,7 +334,7 @@ def tables(rows: list[Row]) -> str:
                 [
                     data,
                     name,
-                    cell("halves", data, "genes", name, False).replace(".000", ""),
+                    whole("halves", data, "genes", name),
                     cell("halves", data, better, name),
                     cell("halves", data, gain, name, False),
                 ]
@@ -352,7 +357,7 @@ def tables(rows: list[Row]) -> str:
         page += markdown(
             ("data", "genes", "number", *VERDICTS),
             [
-                [data, name, cell("shuffled", data, "genes", name, False).split(".")[0]]
+                [data, name, whole("shuffled", data, "genes", name).split(" ")[0]]
                 + [cell("shuffled", data, verdict, name) for verdict in VERDICTS]
                 for data in sets("shuffled")
                 for name in ("shuffled", "as they were")
@@ -366,7 +371,7 @@ def tables(rows: list[Row]) -> str:
             [
                 [
                     score,
-                    cell("tests", SIMULATED, score, "number", False).split(" ")[0].split(".")[0],
+                    whole("tests", SIMULATED, score, "number").split(" ")[0],
                     *(cell("tests", SIMULATED, score, method) for method in TESTED),
                 ]
                 for score in scores
