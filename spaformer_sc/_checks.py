@@ -19,6 +19,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
+from spaformer_sc._keys import Keys
 from spaformer_sc._logging import logger
 
 #: Share of fractional values from which a matrix counts as fractional throughout.
@@ -859,6 +860,28 @@ def check_result(adata: AnnData, key: str) -> dict[str, Any]:
     return dict(adata.uns[key])
 
 
+def check_posterior(key: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Check that a result knows distributions of its entries, and return what it recorded of them.
+
+    Raises
+    ------
+    ValueError
+        If it was made with a Gaussian decoder, or without its zeros.
+    """
+    params = record["params"]
+    if record.get("posterior") is None:
+        raise ValueError(
+            f"`key_added={key!r}`: the result was made with decoder={params['model']['decoder']!r}, which knows no "
+            "distribution of counts; impute with decoder='nb', 'poisson' or 'zinb'."
+        )
+    if params["zeros"] != "impute":
+        raise ValueError(
+            f"`key_added={key!r}`: the result was made with zeros={params['zeros']!r}, which took away what was known "
+            "of these zeros; impute with zeros='impute', under another `key_added` if both are needed."
+        )
+    return dict(record["posterior"])
+
+
 def check_imputed(names: Sequence[str], imputed: Sequence[str] | None) -> None:
     """Check that genes are among those that were ``imputed``; None for all.
 
@@ -894,7 +917,7 @@ def counts_of_result(adata: AnnData, params: Mapping[str, Any]) -> sparse.csr_ma
     library = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
     same = bool(params["fractional"]) or is_whole(counts)
     if same and params["missing"] is None and adata.n_vars == params["n_genes"]:
-        depth = adata.obs[f"{params['key_added']}_depth"].to_numpy(dtype=np.float64)
+        depth = adata.obs[Keys(params["key_added"]).obs("depth")].to_numpy(dtype=np.float64)
         same = bool(np.allclose(library, depth, rtol=1e-3))
     if not same:
         raise ValueError(

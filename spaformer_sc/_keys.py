@@ -41,6 +41,11 @@ class Keys:
         """Score per gene, ``adata.var``."""
         return f"{self.key_added}_{score}"
 
+    @property
+    def evaluated(self) -> str:
+        """Name of the scores that ``tl.evaluate`` gives this result, unless another is asked for."""
+        return f"{self.key_added}_evaluated"
+
     def obs(self, score: str) -> str:
         """Score per cell, ``adata.obs``."""
         return f"{self.key_added}_{score}"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from . import _checks
 from ._keys import Keys
 from .metrics._protocols import row_blocks
-from .training.posterior import Posterior, expected_counts
+from .training.posterior import Posterior
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -32,8 +32,6 @@ class Known:
         How the shape came about.
     target_sum
         What rates add up to.
-    genes
-        Names of the genes.
     """
 
     mean: NDArray[np.float64]
@@ -41,7 +39,6 @@ class Known:
     depth: NDArray[np.float64]
     posterior: Posterior
     target_sum: float
-    genes: list[str]
 
     @property
     def per_count(self) -> NDArray[np.float64]:
@@ -61,8 +58,8 @@ class Entries:
         Cells × genes.
     posterior
         How shapes come about.
-    output, target_sum
-        Scale of the imputed layer.
+    target_sum
+        What rates add up to.
 
     Raises
     ------
@@ -76,16 +73,7 @@ class Entries:
         keys = Keys(key_added)
         record = _checks.check_result(adata, keys.uns)
         params = record["params"]
-        if record.get("posterior") is None:
-            raise ValueError(
-                f"`key_added={key_added!r}`: the result was made with decoder={params['model']['decoder']!r}, which "
-                "knows no distribution of counts; impute with decoder='nb', 'poisson' or 'zinb'."
-            )
-        if params["zeros"] != "impute":
-            raise ValueError(
-                f"`key_added={key_added!r}`: the result was made with zeros={params['zeros']!r}, which took away what "
-                "was known of these zeros; impute with zeros='impute', under another `key_added` if both are needed."
-            )
+        self.posterior = Posterior.from_dict(_checks.check_posterior(key_added, record))
         imputed = genes_of(params)
         if genes is None:
             genes = [name for name in adata.var_names if imputed is None or name in set(imputed)]
@@ -97,25 +85,21 @@ class Entries:
         missing = _checks.check_layer_of_missing(adata, params["missing"])
         self._missing = None if missing is None else missing[:, columns]
         self._dispersion = None
-        self.output, self.target_sum = str(params["output"]), float(params["target_sum"])
-        if self.output == "lognorm":
+        self._output, self.target_sum = str(params["output"]), float(params["target_sum"])
+        if self._output == "lognorm":
             parts = [adata.var[keys.var(name)].to_numpy()[columns] for name in ("dispersion", "dispersion_missing")]
             self._dispersion = np.stack(parts, axis=1)
         self._depth = adata.obs[keys.obs("depth")].to_numpy(dtype=np.float64)
-        self.posterior = Posterior.from_dict(record["posterior"])
         self.genes = [str(name) for name in adata.var_names[columns]]
         self.shape = adata.n_obs, len(columns)
 
     def known(self, rows: slice = slice(None)) -> Known:
         """What is known of some cells."""
-        own = self._counts[rows].toarray()
-        missing = None if self._missing is None else self._missing[rows]
-        if missing is not None:
-            own[missing] = 0
         values, depth = np.asarray(self._values[rows][:, self._columns]), self._depth[rows]
-        mean = expected_counts(values, self.output, self.target_sum, depth, self._dispersion, missing)
-        shape = self.posterior.shape(mean, own, missing)
-        return Known(mean, shape, depth, self.posterior, self.target_sum, self.genes)
+        missing = None if self._missing is None else self._missing[rows]
+        own, scale = self._counts[rows].toarray(), (self._output, self.target_sum, depth, self._dispersion)
+        mean, shape = self.posterior.entries(values, own, missing, *scale)
+        return Known(mean, shape, depth, self.posterior, self.target_sum)
 
     def blocks(self) -> Iterator[tuple[slice, Known]]:
         """What is known of all cells, a block at a time, so that temporaries stay small."""

@@ -106,7 +106,7 @@ def evaluate(
     from spaformer_sc.training.scoring import held_out_scores
 
     _checks.check_adata(adata)
-    keys = Keys(f"{prediction}_evaluated" if key_added is None else key_added)
+    keys = Keys(Keys(prediction).evaluated if key_added is None else key_added)
     slots = [("var", keys.var(score)) for score in OF_GENES] + [("obs", keys.obs(score)) for score in OF_CELLS]
     _checks.check_key_added(adata, keys.key_added, slots=slots, mark="evaluated")
     record = adata.uns.get(prediction)

@@ -20,6 +20,8 @@ from spaformer_sc.model import Prediction, SpaFormer
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from spaformer_sc.training.posterior import Posterior
+
 SCORES = (
     "pearson",
     "pearson_se",
@@ -296,8 +298,10 @@ def impute(
     prediction = model.fit_predict(adata, output=output, target_sum=target_sum, columns=columns)
     target_sum = target_sum or model.target_sum
     deviation = None
-    if sd or zeros == "keep":
-        deviation = _judge_entries(adata, model, prediction, output, target_sum, columns, keep=zeros == "keep")
+    if model.posterior is not None and (sd or zeros == "keep"):
+        deviation = _judge_entries(
+            adata, model, model.posterior, prediction, output, target_sum, columns, keep=zeros == "keep"
+        )
     gene_scores = model.gene_scores[list(SCORES)].copy()
     back = prediction.dispersion
     for number, name in enumerate(BACK):
@@ -348,6 +352,7 @@ def impute(
 def _judge_entries(
     adata: AnnData,
     model: SpaFormer,
+    posterior: Posterior,
     prediction: Prediction,
     output: str,
     target_sum: float,
@@ -357,10 +362,8 @@ def _judge_entries(
 ) -> NDArray[np.float32]:
     """Standard deviation of each entry's posterior (cells × genes); with ``keep``, confident zeros are made 0."""
     from spaformer_sc.metrics._protocols import row_blocks
-    from spaformer_sc.training.posterior import detection, expected_counts, standard_deviation
+    from spaformer_sc.training.posterior import detection, standard_deviation
 
-    if model.posterior is None:
-        raise ValueError("a Gaussian decoder knows no distribution of counts")
     chosen = slice(None) if columns is None else columns
     counts = _checks.read_counts(adata, model.keys.layer)[:, chosen]
     missing = _checks.check_layer_of_missing(adata, model.keys.missing)
@@ -368,11 +371,9 @@ def _judge_entries(
     for rows in row_blocks((found.shape[0], 4 * found.shape[1])):  # a quarter: there are many temporaries
         own = counts[rows].toarray()
         hidden = None if missing is None else missing[rows][:, chosen]
-        if hidden is not None:
-            own[hidden] = 0
         values, depth = prediction.expression[rows], prediction.depth[rows].astype(np.float64)
-        mean = expected_counts(values, output, target_sum, depth, prediction.dispersion, hidden)
-        shape = model.posterior.shape(mean, own, hidden)
+        scale = output, target_sum, depth, prediction.dispersion
+        mean, shape = posterior.entries(values, own, hidden, *scale)
         found[rows] = standard_deviation(mean, shape, output, target_sum, depth)
         if keep:
             confident = (own == 0) & (detection(mean, shape) < LEAST_DETECTION)

@@ -95,6 +95,30 @@ class Posterior:
             shape = np.where(missing, np.exp(self.missing[0] + self.missing[1] * log_mean), shape)
         return np.asarray(np.clip(shape, LEAST_SHAPE, LARGEST_SHAPE))
 
+    def entries(
+        self,
+        values: NDArray[np.float32],
+        counts: NDArray[Any],
+        missing: NDArray[np.bool_] | None,
+        output: str,
+        target_sum: float,
+        depth: FloatArray,
+        dispersion: FloatArray | None,
+    ) -> tuple[FloatArray, FloatArray]:
+        """Mean and shape of the posterior of entries of an imputed layer (cells, genes each).
+
+        Parameters
+        ----------
+        values, output, target_sum, depth, dispersion
+            The layer, as in :func:`expected_counts`.
+        counts
+            Own counts (cells, genes); not read where missing.
+        missing
+            Which entries were not measured (cells, genes), or None.
+        """
+        mean = expected_counts(values, output, target_sum, depth, dispersion, missing)
+        return mean, self.shape(mean, counts, missing)
+
     def level_for(self, wanted: float) -> float:
         """Level of intervals that covers the share ``wanted`` of held-out counts (0 < wanted < 1)."""
         if not self.n_scored:
