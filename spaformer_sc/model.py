@@ -40,6 +40,9 @@ is mixed into the prediction."""
 TEST_SHARE = 0.05
 """Share of the transcripts that the scores are measured on; neither training nor stopping sees them."""
 
+VALIDATED_CELLS = 12_000
+"""Cells whose held-out transcripts decide when training stops; more decide no better, and take as long again."""
+
 HELD_ENTRIES = 0.05
 """Share of the measured entries that is hidden, where others are missing, to decide when training stops."""
 
@@ -369,7 +372,7 @@ class SpaFormer:
         data = sequences(loaded.fields, train, missing)
         sampler = self._sampler(device)
         draw = torch.Generator().manual_seed(derived_seed(self.random_state, "validation"))
-        validated = sampler.some_whole(data, draw)
+        validated = sampler.some_whole(data, draw, VALIDATED_CELLS)
         entries = None
         if loaded.missing is None:
             held = HeldCounts(validated, split.validation, self._shares)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .gamma_poisson import posterior_share
 from .likelihoods import expected_log1p, gaussian_log_prob, nb_log_prob, poisson_log_prob, zinb_log_prob
 
 _TINY = 1e-12
@@ -49,6 +50,14 @@ def full_depth(share: Tensor, counts: Tensor, measured: Tensor) -> Tensor:
     The counted total over the share of the cell's transcripts that the measured genes are predicted to hold.
     """
     return (counts * measured).sum(-1) / (share * measured).sum(-1).clamp(min=_TINY)
+
+
+def _limited(log_dispersion: Tensor) -> Tensor:
+    """Cut at the limits; hardly anything ever lies beyond them, and then no pass is spent on it."""
+    least, most = log_dispersion.detach().aminmax()
+    if least >= _LEAST_LOG_DISPERSION and most <= _LOG_LIMIT:
+        return log_dispersion
+    return log_dispersion.clamp(_LEAST_LOG_DISPERSION, _LOG_LIMIT)
 
 
 def _shares_of(values: Tensor) -> Tensor:
@@ -146,18 +155,16 @@ class CountDecoder(nn.Module):
         """
         hidden = self.hidden(latent)
         logits = self.logits(hidden)
-        share = torch.softmax(logits if offset is None else logits + offset, dim=-1)
+        logits = logits if offset is None else logits + offset
         log_dispersion = self._log_dispersion(hidden, fov)
-        if self.log_concentration is not None and self.concentration is not None:
-            log_concentration = (self.log_concentration + self.concentration(hidden)).clamp(
-                _LEAST_LOG_DISPERSION, _LOG_LIMIT
-            )
-            concentration = log_concentration.exp()
+        if self.log_concentration is None or self.concentration is None:
+            share = torch.softmax(logits, dim=-1)
+        else:
+            bias = self.concentration.bias + self.log_concentration
+            log_concentration = _limited(F.linear(hidden, self.concentration.weight, bias))
             if visible is not None and log_dispersion is not None:
                 log_dispersion = torch.where(visible, log_dispersion, log_concentration)
-            updated = (concentration + counts) / (concentration / share.clamp(min=_TINY) + depth[:, None])
-            share = updated if visible is None else torch.where(visible, updated, share)
-            share = share / share.sum(-1, keepdim=True)
+            share = posterior_share(logits, log_concentration, counts, depth, visible)
         zero_logits = self._zero_logits(hidden)
         keep = None if zero_logits is None else torch.sigmoid(-zero_logits)
         if keep is not None:
@@ -206,8 +213,7 @@ class CountDecoder(nn.Module):
         the observed one, so that the likelihood tells about shares within these genes and about nothing else.
         """
         depth = target_depth if measured is None else full_depth(self.share(decoded), target, measured)
-        mean = decoded.expression * depth[:, None]
-        return self.log_prob(target, mean.clamp(min=_TINY), decoded)
+        return self.log_prob(target, decoded.expression * depth[:, None], decoded)
 
     def share(self, decoded: Decoded) -> Tensor:
         """Expected share of each gene in the cell's transcripts (cells, genes), rows sum to 1."""
@@ -278,7 +284,7 @@ class NegativeBinomialDecoder(CountDecoder):
             return self.log_dispersion + F.pad(self.fov_log_dispersion, (0, 0, 0, 1))[fov]
         if self.entry_dispersion is not None:
             decoded = self.log_dispersion + F.linear(hidden, self.entry_dispersion)
-            return decoded.clamp(_LEAST_LOG_DISPERSION, _LOG_LIMIT)
+            return _limited(decoded)
         return self.log_dispersion
 
     def log_prob(self, target: Tensor, mean: Tensor, decoded: Decoded) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -148,11 +149,13 @@ class _NegativeBinomial(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, dispersion: Tensor) -> Tensor:
-        at = x.nonzero(as_tuple=True)
-        ctx.save_for_backward(x, mean, dispersion, *at)
-        log_prob = torch.log1p(mean / dispersion).mul_(x + dispersion).neg_()
-        x, mean, dispersion = x[at], mean[at], dispersion[at]
-        log_prob[at] += x * mean.clamp_min_(_FLOOR).log_() - torch.lgamma(x + 1) + _log_rising(x, dispersion)
+        at = _places(x)
+        log_ratio = (mean / dispersion).log1p_()
+        ctx.save_for_backward(x, mean, dispersion, log_ratio, at)
+        log_prob = (x + dispersion).mul_(log_ratio).neg_()
+        x, mean, dispersion = (tensor.take(at) for tensor in (x, mean, dispersion))
+        counted = x * mean.clamp_min_(_FLOOR).log_() - torch.lgamma(x + 1) + _log_rising(x, dispersion)
+        log_prob.view(-1).index_add_(0, at, counted)
         return log_prob
 
     @staticmethod
@@ -162,14 +165,23 @@ class _NegativeBinomial(torch.autograd.Function):
 
         .. math::
             \partial_\mu = \frac{x}{\mu} - \frac{x+\theta}{\mu+\theta}, \quad
-            \partial_\theta = \psi(x+\theta) - \psi(\theta) + \frac{\mu-x}{\mu+\theta} - \log(1+\mu/\theta).
+            \partial_\theta = \psi(x+\theta) - \psi(\theta) + 1 - \frac{x+\theta}{\mu+\theta} - \log(1+\mu/\theta).
         """
-        (x, mean, dispersion), at = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        total = mean + dispersion
-        grad_mean = (x / mean.clamp_min(_FLOOR)).sub_((x + dispersion).div_(total)).mul_(grad)
-        grad_dispersion = (mean - x).div_(total).sub_(torch.log1p(mean / dispersion))
-        grad_dispersion[at] += _digamma_rise(x[at], dispersion[at])
-        return None, grad_mean, grad_dispersion.mul_(grad)
+        x, mean, dispersion, log_ratio, at = ctx.saved_tensors
+        grad_mean = (x + dispersion).div_(mean + dispersion).neg_()
+        grad_dispersion = torch.sub(grad_mean, log_ratio).add_(1.0)
+        x, mean, dispersion = (tensor.take(at) for tensor in (x, mean, dispersion))
+        grad_mean.view(-1).index_add_(0, at, x / mean.clamp_min_(_FLOOR))
+        grad_dispersion.view(-1).index_add_(0, at, _digamma_rise(x, dispersion))
+        return None, grad_mean.mul_(grad), grad_dispersion.mul_(grad)
+
+
+def _places(x: Tensor) -> Tensor:
+    """Flat indices of the entries that are not 0."""
+    found = x.flatten() != 0
+    if x.device.type == "cpu":  # twice as fast there
+        return torch.from_numpy(np.flatnonzero(found.numpy()))
+    return found.nonzero().squeeze(1)
 
 
 def _log_rising(x: Tensor, theta: Tensor) -> Tensor:

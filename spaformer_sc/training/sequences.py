@@ -371,13 +371,16 @@ class Sampler:
             fovs=[sequence.fov.image],
         )
 
-    def some_whole(self, data: Sequence[FieldCounts], generator: torch.Generator) -> list[tuple[FieldCounts, Tokens]]:
-        """Whole FOVs, drawn at random until the buffer is full; at least one."""
+    def some_whole(
+        self, data: Sequence[FieldCounts], generator: torch.Generator, most_cells: int
+    ) -> list[tuple[FieldCounts, Tokens]]:
+        """Whole FOVs, drawn at random, as many as fit into the buffer and have no more cells together; at least one."""
         chosen: list[tuple[FieldCounts, Tokens]] = []
-        size = 0
+        size = cells = 0
         for i in torch.randperm(len(data), generator=generator).tolist():
             size += self._cost(data[i])
-            if chosen and size > self.buffer_bytes:
+            cells += int(data[i].fov.own.sum())
+            if chosen and (size > self.buffer_bytes or cells > most_cells):
                 break
             chosen.append((data[i], self.whole(data[i])))
         return chosen

@@ -71,7 +71,8 @@ def batch_loss(network: Network, batch: Batch, kl_weight: float, generator: torc
     # A cell without transcripts in the target says nothing about shares.
     informative = (batch.target_depth > 0)[:, None]
     asked = informative if batch.asked is None else informative & batch.asked
-    likelihood = likelihood.masked_fill(~asked, 0.0)
+    if not asked.all():
+        likelihood = likelihood.masked_fill(~asked, 0.0)
     if isinstance(network.decoder, CountDecoder):
         size = batch.target.sum() if batch.asked is None else (batch.target * batch.asked).sum()
     else:
@@ -116,7 +117,7 @@ def _optimizer(network: Network, config: Training) -> torch.optim.AdamW:
         # Live on a logarithmic scale and have far to go.
         {"params": concentrations, "weight_decay": 0.0, "lr": 10 * config.learning_rate},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98))
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), fused=True)
 
 
 def learning_rate_factor(step: int, n_steps: int, config: Training) -> float:
