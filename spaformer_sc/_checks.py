@@ -21,6 +21,7 @@ from scipy import sparse
 
 from spaformer_sc._keys import Keys
 from spaformer_sc._logging import logger
+from spaformer_sc.data._counts import Counts, in_memory, sums
 
 #: Share of fractional values from which a matrix counts as fractional throughout.
 _FRACTIONAL_THROUGHOUT = 0.99
@@ -28,6 +29,8 @@ _FRACTIONAL_THROUGHOUT = 0.99
 _LARGEST_LOG = 20.0
 #: Cells that the search for a transformation looks at.
 _CELLS_LOOKED_AT = 2000
+#: Entries of a file that are checked at a time.
+_SCANNED = 16_000_000
 
 
 # --- small helpers ----------------------------------------------------------------------------------------------------
@@ -236,50 +239,116 @@ def read_counts(
         If the matrix is missing, masked or empty, or holds NaN, infinite, negative, normalised or log-transformed
         values.
     """
-    if layer is None:
-        name, matrix = "adata.X", adata.X
-        if matrix is None:
-            raise ValueError(f"`adata.X` is None. Pass `layer=`; there are: {_listing(adata.layers)}.")
-    else:
-        if layer not in adata.layers:
-            raise KeyError(
-                f"`layer={layer!r}` is not in `adata.layers`; there are: {_listing(adata.layers)}. "
-                f"Pass layer=None to use `adata.X`.{_did_you_mean(str(layer), adata.layers)}"
-            )
-        name, matrix = f"adata.layers[{layer!r}]", adata.layers[layer]
+    name, matrix = _matrix(adata, layer)
     counts = _as_csr(_in_memory(matrix), name)
+    _check_values(adata, layer, counts)
+    if counts.nnz == 0:
+        raise ValueError(f"`{name}` has no counts: every entry is zero. {_where_counts_are(adata, layer)}")
+    if not is_whole(counts):
+        _check_fractions(adata, layer, counts, _fractional(counts.data).mean(), transformed)
+    return counts
 
+
+def scan_counts(
+    adata: AnnData, layer: str | None = None, *, transformed: Literal["refuse", "warn"] = "refuse"
+) -> Counts:
+    """Check raw counts that lie in a file or lazy array, block by block, without taking them into memory.
+
+    Arguments and errors as of `read_counts`. Values with fractions are judged by the first block that has some.
+
+    Returns
+    -------
+    Counts that are read when they are needed.
+    """
+    name, matrix = _matrix(adata, layer)
+    if getattr(matrix, "format", None) == "csc" or isinstance(matrix, np.ndarray) or sparse.issparse(matrix):
+        # Rows of a CSC matrix can only be had by reading all of it.
+        counts = read_counts(adata, layer, transformed=transformed)
+        return in_memory(counts, not is_whole(counts))
+
+    def read(rows: slice | npt.NDArray[np.int64]) -> sparse.csr_matrix:
+        if isinstance(rows, np.ndarray) and len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        return _as_csr(_in_memory(matrix[rows]), name)
+
+    n_cells, n_genes = adata.shape
+    per_cell, per_gene = np.zeros(n_cells), np.zeros(n_genes)
+    doubtful, n_fractional, n_counted = None, 0, 0
+    step = max(1, _SCANNED // n_genes)
+    for start in range(0, n_cells, step):
+        rows = slice(start, min(start + step, n_cells))
+        block = read(rows)
+        _check_values(adata, layer, block, start)
+        per_cell[rows], of_genes = sums(block)
+        per_gene += of_genes
+        n_counted += block.nnz
+        if not is_whole(block):
+            doubtful = block if doubtful is None else doubtful
+            n_fractional += int(_fractional(block.data).sum())
+    if not per_cell.any():
+        raise ValueError(f"`{name}` has no counts: every entry is zero. {_where_counts_are(adata, layer)}")
+    if doubtful is not None:
+        _check_fractions(adata, layer, doubtful, n_fractional / n_counted, transformed)
+    return Counts((n_cells, n_genes), per_cell, per_gene, doubtful is not None, read)
+
+
+def lies_outside_memory(adata: AnnData, layer: str | None) -> bool:
+    """Whether the counts are in a file or a lazy array."""
+    _, matrix = _matrix(adata, layer)
+    return not isinstance(matrix, np.ndarray) and not sparse.issparse(matrix)
+
+
+def _matrix(adata: AnnData, layer: str | None) -> tuple[str, Any]:
+    """Find the matrix of counts, and its name in messages."""
+    if layer is None:
+        if adata.X is None:
+            raise ValueError(f"`adata.X` is None. Pass `layer=`; there are: {_listing(adata.layers)}.")
+        return "adata.X", adata.X
+    if layer not in adata.layers:
+        raise KeyError(
+            f"`layer={layer!r}` is not in `adata.layers`; there are: {_listing(adata.layers)}. "
+            f"Pass layer=None to use `adata.X`.{_did_you_mean(str(layer), adata.layers)}"
+        )
+    return f"adata.layers[{layer!r}]", adata.layers[layer]
+
+
+def _check_values(adata: AnnData, layer: str | None, counts: sparse.csr_matrix, start: int = 0) -> None:
+    """Refuse values that no counts can have; ``counts`` are those of the cells from ``start`` on."""
+    name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
     infinite = ~np.isfinite(counts.data)
     if infinite.any():
         raise ValueError(
             f"`{name}` holds {infinite.sum()} values that are NaN or infinite, the first "
-            f"{_place(adata, counts, infinite)}. Raw counts have none: write 0 for no transcripts, and name the "
+            f"{_place(adata, counts, infinite, start)}. Raw counts have none: write 0 for no transcripts, and name the "
             "entries that were not measured in `missing=`."
         )
     negative = counts.data < 0
     if negative.any():
         raise ValueError(
             f"`{name}` holds {negative.sum()} negative values (lowest {counts.data.min():.4g}, the first "
-            f"{_place(adata, counts, negative)}): it looks scaled or centred, and raw counts are needed. "
+            f"{_place(adata, counts, negative, start)}): it looks scaled or centred, and raw counts are needed. "
             f"{_where_counts_are(adata, layer)}"
         )
-    if counts.nnz == 0:
-        raise ValueError(f"`{name}` has no counts: every entry is zero. {_where_counts_are(adata, layer)}")
-    if not is_whole(counts):
-        looks = _transformation(counts)
-        if looks is not None and transformed == "refuse":
-            raise ValueError(f"`{name}` {looks}, and raw counts are needed. {_where_counts_are(adata, layer)}")
-        if looks is not None:
-            logger.warning(
-                "`%s` %s, and raw counts are needed; the model was fitted on fractional counts too.", name, looks
-            )
+
+
+def _check_fractions(
+    adata: AnnData, layer: str | None, counts: sparse.csr_matrix, share: float, transformed: Literal["refuse", "warn"]
+) -> None:
+    """Refuse what looks transformed, and say that the rest is taken as counts."""
+    name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    looks = _transformation(counts)
+    if looks is not None and transformed == "refuse":
+        raise ValueError(f"`{name}` {looks}, and raw counts are needed. {_where_counts_are(adata, layer)}")
+    if looks is not None:
         logger.warning(
-            "`%s` holds fractional values (%.1f %% of what is not zero). They are taken as counts, as corrected counts "
-            "(ambient RNA removed) are; pass `layer=` if raw counts are elsewhere.",
-            name,
-            100 * _fractional(counts.data).mean(),
+            "`%s` %s, and raw counts are needed; the model was fitted on fractional counts too.", name, looks
         )
-    return counts
+    logger.warning(
+        "`%s` holds fractional values (%.1f %% of what is not zero). They are taken as counts, as corrected counts "
+        "(ambient RNA removed) are; pass `layer=` if raw counts are elsewhere.",
+        name,
+        100 * share,
+    )
 
 
 def _as_csr(matrix: Any, name: str) -> sparse.csr_matrix:
@@ -300,10 +369,10 @@ def _as_csr(matrix: Any, name: str) -> sparse.csr_matrix:
     return counts
 
 
-def _place(adata: AnnData, counts: sparse.csr_matrix, bad: npt.NDArray[np.bool_]) -> str:
-    """Say where the first entry marked in `bad` (over ``counts.data``) lies."""
+def _place(adata: AnnData, counts: sparse.csr_matrix, bad: npt.NDArray[np.bool_], start: int) -> str:
+    """Say where the first entry marked in `bad` (over ``counts.data``, cells from ``start`` on) lies."""
     first = int(np.argmax(bad))
-    cell = int(np.searchsorted(counts.indptr, first, side="right")) - 1
+    cell = start + int(np.searchsorted(counts.indptr, first, side="right")) - 1
     gene = int(counts.indices[first])
     return f"in cell {adata.obs_names[cell]!r}, gene {adata.var_names[gene]!r}"
 
@@ -418,16 +487,16 @@ def _multiples_of_smallest(sample: sparse.csr_matrix) -> bool:
     return ratios.size >= 20 and bool(np.mean(np.abs(ratios - np.rint(ratios)) < 0.02) > 0.8)
 
 
-def describe_empty(counts: sparse.csr_matrix) -> None:
+def describe_empty(counts: Counts) -> None:
     """Log how many cells and how many genes have no counts; both are allowed."""
-    cells = int(np.sum(np.diff(counts.indptr) == 0))
-    genes = int(counts.shape[1] - np.unique(counts.indices).size)
+    cells = int(np.sum(counts.per_cell == 0))
+    genes = int(np.sum(counts.per_gene == 0))
     if cells:
         logger.warning(
             "%d of %d cells have no counts: their expression is imputed as 0; rates and embedding come from what "
             "is around them.",
             cells,
-            len(counts.indptr) - 1,
+            counts.shape[0],
         )
     if genes:
         logger.warning("%d of %d genes have no counts: they stay near zero.", genes, counts.shape[1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 from ._logging import logger
 
@@ -66,6 +68,34 @@ def state_memory(
             free / 2**30,
         )
     return need
+
+
+def state_disk(folder: Path, n_cells: int, n_genes: int, n_latent: int, n_layers: int) -> None:
+    """Log the space that a result takes that is written FOV by FOV, and refuse to start where there is less.
+
+    Parameters
+    ----------
+    folder
+        Where it is written.
+    n_cells, n_genes, n_latent
+        Size of the result.
+    n_layers
+        Layers of cells × genes in it.
+
+    Raises
+    ------
+    OSError
+        If the space is not there.
+    """
+    result = 4 * n_cells * n_genes * n_layers
+    scratch = round(1.5 * 4 * n_cells * (n_genes + n_latent))  # tiles overlap
+    free = shutil.disk_usage(folder).free
+    logger.info("disk: %d MiB for the result, and %d MiB until it is whole", result >> 20, scratch >> 20)
+    if result + scratch > free:
+        raise OSError(
+            f"{folder} has {free / 2**30:.1f} GiB of free space, and {(result + scratch) / 2**30:.1f} GiB are needed: "
+            "give `output_path` on another disk, or fewer `genes`."
+        )
 
 
 def available_memory() -> int | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,109 @@ def _is_zarr(path: Path) -> bool:
     return any((path / marker).exists() for marker in ("zarr.json", ".zgroup", ".zattrs"))
 
 
+def write_streamed(
+    adata: AnnData,
+    path: str | os.PathLike[str],
+    keys: Keys,
+    *,
+    layer_of: Callable[[slice, bool], NDArray[np.float32]],
+    embedding: NDArray[np.float32],
+    gene_scores: pd.DataFrame,
+    cell_scores: pd.DataFrame,
+    record: dict[str, Any],
+    sd: bool,
+) -> None:
+    """Write an AnnData whose counts are in a file, with a result that is computed block by block.
+
+    Either the old file or the whole new one is there; neither counts nor result are taken into memory as a whole.
+
+    Parameters
+    ----------
+    adata
+        Backed by a file or lazy; not changed.
+    path
+        File (``.h5ad``) or store (``.zarr``).
+    keys, embedding, gene_scores, cell_scores, record
+        As for :func:`write_result`.
+    layer_of
+        Gives the rows (cells, genes) of the layer, or with True those of its standard deviations.
+    sd
+        Whether to write the standard deviations.
+    """
+    import dask
+    import dask.array as da
+    from anndata.io import write_elem
+    from dask.delayed import delayed
+
+    ours = (keys.layer, keys.sd)
+    shell = _shell(adata, without=ours)
+    _write_slots(
+        shell, {("obsm", keys.embedding): embedding} | _slots_of_scores(keys, gene_scores, cell_scores, record)
+    )
+    names = ours if sd else ours[:1]
+    rows = max(1, BLOCK_BYTES // (4 * adata.n_vars))
+    blocks = [slice(start, min(start + rows, adata.n_obs)) for start in range(0, adata.n_obs, rows)]
+    with replacing(path) as fresh, dask.config.set(scheduler="synchronous"):
+        _write_whole(shell, fresh)
+        with _open_store(fresh) as store:
+            if "X" in store:
+                del store["X"]
+            _copy_counts(adata, store)
+            for name, deviations in zip(names, (False, True), strict=False):
+                parts = [
+                    da.from_delayed(delayed(layer_of)(part, deviations), (part.stop - part.start, adata.n_vars), "f4")  # type: ignore[no-untyped-call]
+                    for part in blocks
+                ]
+                layer = da.concatenate(parts)  # type: ignore[no-untyped-call]
+                chunks = {"chunks": (min(rows, adata.n_obs, 1000), adata.n_vars)} if fresh.suffix == ".h5ad" else {}
+                write_elem(store, f"layers/{name}", layer, dataset_kwargs=chunks)
+    for name in names:
+        logger.info("wrote layer %r, (%d, %d) float32", name, *adata.shape)
+
+
+BLOCK_BYTES = 64 * 2**20
+"""Memory for the part of a layer that is computed and written at a time."""
+
+
+@contextmanager
+def _open_store(path: Path) -> Iterator[Any]:
+    """Open a file or store that has been written, to add to it."""
+    if path.suffix == ".h5ad":
+        import h5py
+
+        with h5py.File(path, "r+") as file:
+            yield file
+    else:
+        import zarr
+
+        # The store's summary of itself cannot be edited, only made again.
+        yield zarr.open_group(str(path), mode="r+", use_consolidated=False)
+        zarr.consolidate_metadata(str(path))
+
+
+def _copy_counts(adata: AnnData, store: Any) -> None:
+    """Copy ``X`` and ``raw`` from the file or lazy array that they are in."""
+    import h5py
+    from anndata.experimental import read_elem_lazy
+    from anndata.io import write_elem
+
+    if not adata.isbacked:
+        write_elem(store, "X", adata.X)
+        if adata.raw is not None:
+            write_elem(store, "raw", adata.raw)
+        return
+    source = adata.file._file
+    for name in ("X", "raw"):
+        if name not in source:
+            continue
+        if isinstance(store, h5py.File):
+            source.copy(source[name], store, name)
+        elif name == "X":
+            write_elem(store, name, read_elem_lazy(source[name]))
+        elif adata.raw is not None:
+            write_elem(store, name, adata.raw)
+
+
 def write_atomically(adata: AnnData, path: str | os.PathLike[str]) -> None:
     """Write an AnnData as ``.h5ad`` or ``.zarr`` so that either the old file or the whole new one is there.
 
@@ -167,31 +271,38 @@ def write_atomically(adata: AnnData, path: str | os.PathLike[str]) -> None:
     """
     shell = _shell(adata)
     with replacing(path) as fresh:
-        if Path(path).suffix == ".h5ad":
-            shell.write_h5ad(fresh, compression="gzip", compression_opts=1)
-        else:
-            with warnings.catch_warnings():
-                # anndata announces its next default for every store that it writes.
-                warnings.filterwarnings("ignore", "Writing zarr v2 data will no longer be the default", UserWarning)
-                shell.write_zarr(fresh)
+        _write_whole(shell, fresh)
 
 
-def _shell(adata: AnnData) -> AnnData:
-    """Return an AnnData of the same arrays for anndata to write.
+def _write_whole(shell: AnnData, path: Path) -> None:
+    if path.suffix == ".h5ad":
+        shell.write_h5ad(path, compression="gzip", compression_opts=1)
+    else:
+        with warnings.catch_warnings():
+            # anndata announces its next default for every store that it writes.
+            warnings.filterwarnings("ignore", "Writing zarr v2 data will no longer be the default", UserWarning)
+            shell.write_zarr(path)
+
+
+def _shell(adata: AnnData, without: Sequence[str] | None = None) -> AnnData:
+    """Return an AnnData of the same arrays for anndata to write; or one without counts, and ``without`` some layers.
 
     Writing turns text columns of ``obs``, ``var`` and ``raw.var`` into categorical ones, and lets a backed AnnData
     point at the file just written.
     """
     from anndata import AnnData
 
-    raw = adata.raw
+    raw = None if without is not None else adata.raw
+    slots = {slot: dict(getattr(adata, slot)) for slot in ("layers", "obsm", "varm", "obsp", "varp")}
+    for name in without or ():
+        slots["layers"].pop(name, None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* names are not unique", UserWarning)
         return AnnData(
-            X=adata.X,
+            X=adata.X if without is None else None,
             obs=adata.obs.copy(),
             var=adata.var.copy(),
             uns=dict(adata.uns),
-            **{slot: dict(getattr(adata, slot)) for slot in ("layers", "obsm", "varm", "obsp", "varp")},
+            **slots,
             raw=None if raw is None else {"X": raw.X, "var": raw.var.copy(), "varm": dict(raw.varm)},
         )

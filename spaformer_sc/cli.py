@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from . import __version__
 from ._config import DECODERS, ENCODERS, GRAPHS, MASKINGS, OUTPUTS, POSITIONAL, PRESETS, QUALITIES, ZEROS
 from ._threads import wait_patiently
-from ._write import SUFFIXES, check_path, write_atomically
+from ._write import SUFFIXES, check_path
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -28,7 +28,8 @@ Fill in missing gene expression in cell-resolution spatial transcriptomics (CosM
 
 IMPUTE = """\
 Read an AnnData with raw counts and coordinates, impute it, and write it with the results added. The input file is not
-changed; the output appears whole or not at all.
+changed; the output appears whole or not at all. Counts are read, and results written, field of view by field of view.
+What an unfinished run has done stays in OUT.partial, from where --resume goes on.
 
 Added: layers["spaformer"] (imputed expression), obsm["X_spaformer"] (latent space), var["spaformer_*"] and
 obs["spaformer_*"] (held-out scores of genes and cells), uns["spaformer"] (parameters, training history, other scores).
@@ -145,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--tile-size", type=int, default=4000, metavar="N", help="most cells of a tile (default: 4000)")
     run = impute.add_argument_group("the run")
     run.add_argument("--random-state", type=int, default=0, metavar="SEED", help="seed of everything random")
+    run.add_argument(
+        "--resume", action="store_true", help="go on with an unfinished run to the same OUT, if there is one"
+    )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
     run.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
     run.add_argument("--quiet", action="store_true", help="no progress bar and no messages but warnings")
@@ -177,9 +181,26 @@ def _read(path: str) -> AnnData:
     if not source.exists():
         raise FileNotFoundError(f"`IN={path!r}` does not exist.")
     try:
-        return anndata.read_h5ad(source) if source.suffix == ".h5ad" else anndata.read_zarr(source)
+        if source.suffix == ".h5ad":
+            return anndata.read_h5ad(source, backed="r")
+        return _read_zarr(source)
     except Exception as error:  # whatever a damaged file makes of h5py, zarr and anndata
         raise ValueError(f"`IN={path!r}` cannot be read as an AnnData: {error}") from error
+
+
+def _read_zarr(source: Path) -> AnnData:
+    """Read a store, but leave the counts in it; those of an old or unusual one come into memory."""
+    import anndata
+    import zarr
+    from anndata.experimental import read_elem_lazy
+    from anndata.io import read_elem
+
+    group = zarr.open_group(str(source), mode="r")
+    matrix = group.get("X")
+    kinds = [dict(part.attrs).get("encoding-type") for part in (group, matrix) if part is not None]
+    if kinds not in (["anndata", "csr_matrix"], ["anndata", "array"]):
+        return anndata.read_zarr(source)
+    return anndata.AnnData(X=read_elem_lazy(matrix), **{name: read_elem(group[name]) for name in group if name != "X"})
 
 
 def _impute(arguments: argparse.Namespace) -> None:
@@ -221,8 +242,9 @@ def _impute(arguments: argparse.Namespace) -> None:
         random_state=arguments.random_state,
         device=arguments.device,
         progress=not arguments.quiet,
+        output_path=arguments.output,
+        resume=arguments.resume,
     )
-    write_atomically(adata, arguments.output)
     if not arguments.quiet:
         print(f"wrote {arguments.output}", file=sys.stderr)
 

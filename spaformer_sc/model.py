@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from . import __version__, _checks
 from ._config import FORMS, GRAPHS, OUTPUTS, Settings, in_form, resolve, with_missing
+from ._gather import Block, Gathered, InMemory
 from ._logging import logger
 from ._memory import state_memory
 from ._saved import read_model, write_model
@@ -24,14 +26,18 @@ if TYPE_CHECKING:
     import torch
     from anndata import AnnData
 
-    from .data._fields import FieldOfView
+    from .data._counts import Counts
+    from .data._fields import FieldOfView, Layout
     from .data._split import HeldOut
     from .nn.network import Network, NetworkConfig, Output, Tokens
     from .positional import CombinedEncodings
+    from .training.checkpoint import Checkpoint
     from .training.mixing import HeldCounts, HeldEntries
     from .training.posterior import Posterior
     from .training.sequences import FieldCounts, Sampler
     from .training.trainer import History
+
+GatheredT = TypeVar("GatheredT", bound=Gathered)
 
 VALIDATION_SHARE = 0.05
 """Share of the transcripts that decides when training stops (where entries are missing, held-out entries do) and what
@@ -42,6 +48,9 @@ TEST_SHARE = 0.05
 
 VALIDATED_CELLS = 12_000
 """Cells whose held-out transcripts decide when training stops; more decide no better, and take as long again."""
+
+FITTED_ENTRIES, LEAST_FITTED = 100_000_000, 10_000
+"""Entries, cells times genes, of a fit, about, and least number of cells: larger data lend some FOVs to it."""
 
 HELD_ENTRIES = 0.05
 """Share of the measured entries that is hidden, where others are missing, to decide when training stops."""
@@ -70,14 +79,47 @@ class DataKeys:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """A checked AnnData: counts (cells, genes of the model), entries not measured, and how it is cut into FOVs."""
+
+    counts: Counts
+    missing: NDArray[np.bool_] | None
+    layout: Layout
+
+    def digest(self, genes: Iterable[object]) -> str:
+        """Checksum that tells these data from others."""
+        found = hashlib.sha256("\n".join(map(str, genes)).encode())
+        parts = (self.counts.per_cell, self.counts.per_gene, self.layout.coordinates, self.layout.codes)
+        for part in (*parts, *(() if self.missing is None else (np.packbits(self.missing),))):
+            found.update(np.ascontiguousarray(part).data)
+        return found.hexdigest()
+
+    def read(self, field: FieldOfView) -> FieldCounts:
+        """Read the counts of one FOV."""
+        from .training.sequences import FieldCounts
+
+        missing = None if self.missing is None else self.missing[field.cells]
+        counts = self.counts.rows(field.cells)
+        return (
+            FieldCounts(field, counts, None)
+            if missing is None
+            else FieldCounts(field, _without(counts, missing), ~missing)
+        )
+
+
+@dataclass(frozen=True)
 class Loaded:
-    """A checked AnnData, taken apart: counts (cells, genes of the model), FOVs, entries not measured, FOV of a cell."""
+    """Cells in memory: counts (cells, genes of the model), FOVs, entries not measured, FOV of a cell.
+
+    ``cells`` are their rows in the AnnData, None for all of it.
+    """
 
     counts: sp.csr_matrix
     fields: list[FieldOfView]
     missing: NDArray[np.bool_] | None
     images: NDArray[np.int64]
     graph_summary: dict[str, Any]
+    cells: NDArray[np.int64] | None = None
 
     @property
     def hidden_as(self) -> str | None:
@@ -87,29 +129,6 @@ class Loaded:
         if self.missing is None:
             return None
         return "genes" if in_blocks(self.missing, self.images) else "features"
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What is predicted of cells.
-
-    Attributes
-    ----------
-    expression
-        Imputed expression (cells, genes asked for); no columns where not asked for.
-    embedding
-        Latent (cells, n_latent); no columns where not asked for.
-    depth
-        Depth over all genes (cells,), that expected counts refer to; 0 where expression is not asked for.
-    dispersion
-        Dispersion that leads from log-normalised values back to expected counts (genes asked for, 2), where measured
-        and where not; None where not asked for.
-    """
-
-    expression: NDArray[np.float32]
-    embedding: NDArray[np.float32]
-    depth: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
-    dispersion: NDArray[np.float64] | None = None
 
 
 class SpaFormer:
@@ -223,6 +242,8 @@ class SpaFormer:
         self._typical: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
         self.fractional = False
         self._fovs: tuple[str, ...] = ()
+        self._kinds = np.zeros((0, 0), dtype=np.float32)
+        self._kind_of_cell = np.zeros(0, dtype=np.int64)
         self._networks: list[Network] = []
         self._forms: list[str] = []
         self._weights: NDArray[np.float64] = np.zeros((2, 0))
@@ -270,13 +291,20 @@ class SpaFormer:
         KeyError, TypeError, ValueError
             If the data cannot be used, before any training; the message says what to do.
         """
-        self._fit_loaded(adata, self._keys_for(library_key, spatial_key, connectivity_key, layer, missing))
+        self._fit_data(adata, self._keys_for(library_key, spatial_key, connectivity_key, layer, missing))
         return self
 
     def fit_predict(
-        self, adata: AnnData, *, output: str, target_sum: float | None, columns: NDArray[np.int64] | None
-    ) -> Prediction:
-        """Fit, then impute and embed the same cells; data are read and graphs built once.
+        self,
+        adata: AnnData,
+        *,
+        output: str,
+        target_sum: float | None,
+        columns: NDArray[np.int64] | None,
+        gather: Callable[[int, int, int], GatheredT],
+        checkpoint: Checkpoint | None = None,
+    ) -> tuple[GatheredT, Opened]:
+        """Fit, then impute and embed the same cells; graphs are built once where all cells take part in the fit.
 
         Parameters
         ----------
@@ -286,32 +314,60 @@ class SpaFormer:
             Scale, as in :func:`spaformer_sc.tl.impute`.
         columns
             Genes to impute, as columns of ``adata``; None for all.
+        gather
+            Makes, from the numbers of cells, of genes and of latent dimensions, what takes the prediction.
+        checkpoint
+            Where the state of the fit is kept, to go on from after an interruption; None for nowhere.
+
+        Returns
+        -------
+        What has taken the prediction, and the data as they were opened.
         """
         _checks.check_choice("output", output, OUTPUTS)
-        loaded = self._fit_loaded(adata, self.keys)
-        return self._predict_loaded(
-            loaded,
+        opened, loaded = self._fit_data(adata, self.keys, checkpoint)
+        gathered = gather(adata.n_obs, adata.n_vars if columns is None else len(columns), self.settings.n_latent)
+        self._predict(
+            self._all_fields(opened) if loaded.cells is not None else loaded.fields,
+            opened.read,
+            gathered,
             output=output,
             target_sum=target_sum or self.target_sum,
             genes=columns,
             embed=True,
             back=output == "lognorm" and self.posterior is not None,
+            shown=True,
         )
+        if loaded.cells is not None:
+            self._spread_cell_scores(loaded.cells, gathered.embedding)
+        return gathered, opened
 
-    def _fit_loaded(self, adata: AnnData, keys: DataKeys) -> Loaded:
+    def _fit_data(self, adata: AnnData, keys: DataKeys, checkpoint: Checkpoint | None = None) -> tuple[Opened, Loaded]:
         device = resolve_device(self.device)
         _checks.check_adata(adata)
-        loaded = self._load(adata, _checks.read_counts(adata, keys.layer), keys)
-        _checks.describe_empty(loaded.counts)
+        opened = self._open(adata, keys)
+        _checks.describe_empty(opened.counts)
+        loaded = self._take(opened, max(LEAST_FITTED, FITTED_ENTRIES // adata.n_vars))
         self._state_memory(loaded)
+        if checkpoint is not None:
+            checkpoint.begin({"version": __version__, "data": opened.digest(adata.var_names)})
         # From here on the earlier fit is gone: were this one interrupted, the model would be unfitted, not half fitted.
         self.var_names = None
         self.keys = keys
         self.settings = with_missing(self._chosen, loaded.hidden_as)
-        self._fit(loaded, device)
+        self._fit(loaded, device, checkpoint)
         self.var_names = pd.Index(adata.var_names.astype(str))
         self.gene_scores.index = self.var_names
-        return loaded
+        return opened, loaded
+
+    def _spread_cell_scores(self, cells: NDArray[np.int64], embedding: NDArray[np.float32]) -> None:
+        """Give all cells the scores of the cells of the fit that they are most like."""
+        from .training.reliability import closest
+
+        kinds = closest(embedding, self._kinds)
+        by_kind = self.cell_scores.groupby(self._kind_of_cell).first()
+        spread = by_kind.reindex(kinds).reset_index(drop=True)
+        spread.iloc[cells] = self.cell_scores.to_numpy()
+        self.cell_scores = spread.astype(self.cell_scores.dtypes)
 
     def _state_memory(self, loaded: Loaded) -> None:
         from .training.sequences import BUFFER_BYTES
@@ -336,7 +392,7 @@ class SpaFormer:
         dispersed = s.dispersion != "gene" or (s.posterior and (missing or s.masking != ("thinning",)))
         return s.decoder == "poisson" or s.decoder == "gaussian" or (s.decoder == "nb" and not dispersed)
 
-    def _fit(self, loaded: Loaded, device: torch.device) -> None:
+    def _fit(self, loaded: Loaded, device: torch.device, checkpoint: Checkpoint | None) -> None:
         import torch
 
         from .data._split import gene_shares, hold_out, hold_out_entries, typical_values
@@ -379,7 +435,7 @@ class SpaFormer:
         else:
             held = HeldCounts(validated, _without(split.validation, held_out), self._shares)
             entries = HeldEntries(validated, split.train, held_out, self._shares, self._model_sum)
-        histories = self._train_networks(data, sampler, held, entries, device)
+        histories = self._train_networks(data, sampler, held, entries, device, checkpoint)
         self.history = {
             "network": [float(i) for i, h in enumerate(histories) for _ in h.step],
             **{
@@ -402,13 +458,14 @@ class SpaFormer:
         held: HeldCounts,
         entries: HeldEntries | None,
         device: torch.device,
+        checkpoint: Checkpoint | None,
     ) -> list[History]:
         """Train the networks; what is held out chooses their form, how long they train, and their weights."""
         from .metrics import mixture_weights
         from .training.mixing import mix_in_own_counts
         from .training.progress import ProgressBar
         from .training.start import start_from_components, token_components
-        from .training.trainer import shortened, train
+        from .training.trainer import STATE, History, shortened, train
 
         s = self.settings
         n_networks = s.n_networks
@@ -436,16 +493,25 @@ class SpaFormer:
             if components is not None:
                 start_from_components(network, components)
             label = "training" if n_networks == 1 else f"training {number + 1}/{n_networks}"
-            with ProgressBar(label, self.progress) as bar:
-                trained, history = train(
-                    network,
-                    data,
-                    replace(sampler, tokens_per_step=training.tokens_per_step),
-                    training,
-                    validate=validate,
-                    seed=derived_seed(self.random_state, f"training {number}"),
-                    progress=bar.update,
-                )
+            state = None if checkpoint is None else checkpoint.load(f"network_{number}")
+            if state is not None:
+                network.load_state_dict(state["weights"])
+                trained, history = network.eval(), History(**state["history"])
+            else:
+                with ProgressBar(label, self.progress) as bar:
+                    trained, history = train(
+                        network,
+                        data,
+                        replace(sampler, tokens_per_step=training.tokens_per_step),
+                        training,
+                        validate=validate,
+                        seed=derived_seed(self.random_state, f"training {number}"),
+                        progress=bar.update,
+                        checkpoint=checkpoint,
+                    )
+                if checkpoint is not None:
+                    checkpoint.save(f"network_{number}", {"weights": trained.state_dict(), "history": vars(history)})
+                    checkpoint.drop(STATE)
             if mixing:
                 parts.append(mix_in_own_counts(trained, held))
             if s.mixing and entries is not None:
@@ -489,14 +555,18 @@ class SpaFormer:
         from .training.sequences import sequences
 
         train, missing = split.train, loaded.missing
-        data = sequences(loaded.fields, train, missing)
-        n_cells = train.shape[0]
-        found = self._predict(data, sampler, n_cells, output="rate", target_sum=1.0, genes=None, embed=True)
+        found = InMemory(train.shape[0], train.shape[1], self.settings.n_latent)
+
+        def read(field: FieldOfView) -> FieldCounts:
+            return sequences([field], train, missing)[0]
+
+        self._predict(loaded.fields, read, found, output="rate", target_sum=1.0, genes=None, embed=True)
         rates = found.expression
         rng = np.random.default_rng(derived_seed(self.random_state, "groups of cells"))
         self.scores, self.gene_scores, gains = held_out_scores(split.test, rates, train, missing, rng)
         held_out = np.asarray(split.test.sum(axis=1), dtype=np.float64).ravel()
-        alike = groups_alike(found.embedding, derived_seed(self.random_state, "cells alike"))
+        alike, self._kinds = groups_alike(found.embedding, derived_seed(self.random_state, "cells alike"))
+        self._kind_of_cell = alike
         self.cell_scores = scores_of_groups(gains, held_out, alike).iloc[alike].reset_index(drop=True)
         self.fov_scores = scores_of_groups(gains, held_out, loaded.images)
         names = {int(loaded.images[f.cells[0]]): f.image for f in loaded.fields}
@@ -612,7 +682,7 @@ class SpaFormer:
         target_sum: float | None,
         genes: Any,
         embed: bool,
-    ) -> Prediction:
+    ) -> InMemory:
         """Impute and embed in one pass; what :meth:`impute` and :meth:`embed` are made of."""
         if self.var_names is None:
             raise ValueError("this SpaFormer is not fitted; call `.fit(adata)` first, or `SpaFormer.load(path)`.")
@@ -622,114 +692,118 @@ class SpaFormer:
             target_sum = _checks.check_positive("target_sum", target_sum)
         _checks.check_adata(adata)
         asked = np.arange(adata.n_vars) if genes is None else _checks.check_genes(adata, genes)
-        loaded, columns = self._read(adata, keys)
+        opened, columns = self._open_like_the_fit(adata, keys)
         position = {int(column): i for i, column in enumerate(columns)}
         known = np.array([position.get(int(column), -1) for column in asked], dtype=np.int64)
-        prediction = self._predict_loaded(
-            loaded,
+        genes = known[known >= 0]
+        gathered = InMemory(adata.n_obs, 0 if output is None else len(genes), self.settings.n_latent if embed else 0)
+        self._predict(
+            self._all_fields(opened),
+            opened.read,
+            gathered,
             output=output,
             target_sum=self.target_sum if target_sum is None else target_sum,
-            genes=known[known >= 0],
-            embed=embed,
-        )
-        if output is None or (known >= 0).all():
-            return prediction
-        expression = np.full((adata.n_obs, len(asked)), np.nan, dtype=np.float32)
-        expression[:, known >= 0] = prediction.expression
-        return Prediction(expression, prediction.embedding)
-
-    def _predict_loaded(
-        self,
-        loaded: Loaded,
-        *,
-        output: str | None,
-        target_sum: float,
-        genes: NDArray[np.int64] | None,
-        embed: bool,
-        back: bool = False,
-    ) -> Prediction:
-        from .training.sequences import sequences
-
-        data = sequences(loaded.fields, loaded.counts, loaded.missing)
-        sampler = self._sampler(resolve_device(self.device))
-        return self._predict(
-            data,
-            sampler,
-            loaded.counts.shape[0],
-            output=output,
-            target_sum=target_sum,
             genes=genes,
             embed=embed,
-            back=back,
         )
+        if output is not None and len(genes) < len(asked):
+            expression = np.full((adata.n_obs, len(asked)), np.nan, dtype=np.float32)
+            expression[:, known >= 0] = gathered.expression
+            gathered.expression = expression
+        return gathered
+
+    def _all_fields(self, opened: Opened) -> Iterator[FieldOfView]:
+        for fields, _ in opened.layout.fields():
+            yield from fields
 
     def _predict(
         self,
-        data: list[FieldCounts],
-        sampler: Sampler,
-        n_cells: int,
+        fields: Iterable[FieldOfView],
+        read: Callable[[FieldOfView], FieldCounts],
+        gathered: Gathered,
         *,
         output: str | None,
         target_sum: float,
         genes: NDArray[np.int64] | None,
         embed: bool,
         back: bool = False,
-    ) -> Prediction:
-        """Predict FOV by FOV and blend tiles; networks are averaged in the scale asked for.
+        shown: bool = False,
+    ) -> None:
+        """Predict FOV by FOV, those that are not gathered yet; networks are averaged in the scale asked for.
 
         With ``back``, for log-normalised values, also find what leads from these back to expected counts.
         """
+        from .training.progress import ProgressBar
+
+        sampler = self._sampler(resolve_device(self.device))
+        done = 0
+        with ProgressBar("imputing", self.progress and shown, unit="cell") as bar:
+            for number, field in enumerate(fields):
+                inside = np.flatnonzero(field.weight > 0)
+                if not gathered.has(number):
+                    n_some = 0
+                    if back:
+                        n_some = max(-(-LED_BACK * len(inside) // gathered.n_cells), LEAST_LED_BACK)
+                    rng = np.random.default_rng(derived_seed(self.random_state, f"cells to lead back from {number}"))
+                    some = np.sort(rng.choice(len(inside), min(len(inside), n_some), replace=False))
+                    sequence = read(field)
+                    block = self._predict_field(sequence, sampler, inside, some, output, target_sum, genes, embed)
+                    gathered.add(number, field.cells[inside], field.weight[inside], block)
+                done += int(field.own.sum())
+                bar.update(done, gathered.n_cells)
+
+    def _predict_field(
+        self,
+        sequence: FieldCounts,
+        sampler: Sampler,
+        inside: NDArray[np.int64],
+        some: NDArray[np.int64],
+        output: str | None,
+        target_sum: float,
+        genes: NDArray[np.int64] | None,
+        embed: bool,
+    ) -> Block:
+        """Predict the cells ``inside`` a FOV; lead ``some`` of these back to expected counts."""
         import torch
 
         n_genes = 0 if output is None else len(self._shares) if genes is None else len(genes)
         columns = slice(None) if genes is None else genes
-        expression = np.zeros((n_cells, n_genes), dtype=np.float32)
-        embedding = np.zeros((n_cells, self.settings.n_latent if embed else 0), dtype=np.float32)
-        all_depths = np.zeros(n_cells, dtype=np.float32)
-        rng = np.random.default_rng(derived_seed(self.random_state, "cells to lead back from"))
-        led_back: list[tuple[NDArray[Any], ...]] = []
-        for sequence in data:
-            tokens = sampler.whole(sequence)
-            cells, weight = sequence.fov.cells, sequence.fov.weight[:, None]
-            inside = np.flatnonzero(weight.ravel() > 0)
-            measured = None if sequence.measured is None else sequence.measured[inside]
-            total = np.zeros((len(inside), 1), dtype=np.float32)
-            mean = np.zeros((len(inside), n_genes), dtype=np.float32)
-            depth = np.zeros(len(inside), dtype=np.float32)
-            n_some = min(len(inside), max(-(-LED_BACK * len(inside) // n_cells), LEAST_LED_BACK)) if back else 0
-            some = np.sort(rng.choice(len(inside), n_some, replace=False))
-            counts = np.zeros((len(some), n_genes), dtype=np.float32)
-            with torch.inference_mode():
-                for number, network in enumerate(self._networks):
-                    result = network(tokens)
-                    if output is not None:
-                        share, where_missing = self._weights[:, number].astype(np.float32)
-                        weights = share if measured is None else np.where(measured, share, where_missing)
-                        block = self._scaled(network, result, tokens, output, target_sum).cpu().numpy()[inside]
-                        block *= weights
-                        if measured is not None:
-                            total += block.sum(axis=1, keepdims=True)
-                        mean += block[:, columns]
-                        shares = network.decoder.share(result.decoded)
-                        full = tokens.full_depth(shares)
-                        depth += share * full.cpu().numpy()[inside]
-                        if len(some):
-                            at = torch.from_numpy(inside[some]).to(full.device)
-                            block = (shares[at] * full[at, None]).cpu().numpy()
-                            block *= weights if measured is None else weights[some]
-                            counts += block[:, columns]
-                    if embed and number == 0:
-                        embedding[cells[inside]] += result.latent.cpu().numpy()[inside] * weight[inside]
-            if output == "rate" and measured is not None:
-                # Each network's rates have this sum, but not their mean with weights that differ within a cell.
-                mean *= target_sum / total
-            expression[cells[inside]] += mean * weight[inside]
-            all_depths[cells[inside]] += depth * weight.ravel()[inside]
-            if len(some):
-                seen = np.ones(counts.shape, dtype=bool) if measured is None else measured[some][:, columns]
-                led_back.append((counts, mean[some], depth[some], seen))
-        dispersion = _dispersion(led_back, target_sum) if led_back else None
-        return Prediction(expression, embedding, all_depths, dispersion)
+        tokens = sampler.whole(sequence)
+        measured = None if sequence.measured is None else sequence.measured[inside]
+        total = np.zeros((len(inside), 1), dtype=np.float32)
+        mean = np.zeros((len(inside), n_genes), dtype=np.float32)
+        latent = np.zeros((len(inside), self.settings.n_latent if embed else 0), dtype=np.float32)
+        depth = np.zeros(len(inside), dtype=np.float32)
+        counts = np.zeros((len(some), n_genes), dtype=np.float32)
+        with torch.inference_mode():
+            for number, network in enumerate(self._networks):
+                result = network(tokens)
+                if output is not None:
+                    share, where_missing = self._weights[:, number].astype(np.float32)
+                    weights = share if measured is None else np.where(measured, share, where_missing)
+                    block = self._scaled(network, result, tokens, output, target_sum).cpu().numpy()[inside]
+                    block *= weights
+                    if measured is not None:
+                        total += block.sum(axis=1, keepdims=True)
+                    mean += block[:, columns]
+                    shares = network.decoder.share(result.decoded)
+                    full = tokens.full_depth(shares)
+                    depth += share * full.cpu().numpy()[inside]
+                    if len(some):
+                        at = torch.from_numpy(inside[some]).to(full.device)
+                        block = (shares[at] * full[at, None]).cpu().numpy()
+                        block *= weights if measured is None else weights[some]
+                        counts += block[:, columns]
+                if embed and number == 0:
+                    latent[:] = result.latent.cpu().numpy()[inside]
+        if output == "rate" and measured is not None:
+            # Each network's rates have this sum, but not their mean with weights that differ within a cell.
+            mean *= target_sum / total
+        led_back = None
+        if len(some):
+            seen = np.ones(counts.shape, dtype=bool) if measured is None else measured[some][:, columns]
+            led_back = counts, mean[some], depth[some], seen
+        return Block(mean, latent, depth, led_back)
 
     @staticmethod
     def _scaled(network: Network, result: Output, tokens: Tokens, output: str, target_sum: float) -> torch.Tensor:
@@ -788,27 +862,42 @@ class SpaFormer:
 
     def _read(self, adata: AnnData, keys: DataKeys) -> tuple[Loaded, NDArray[np.int64]]:
         """Take apart data for the fitted model; also the columns of ``adata`` that hold the model's genes."""
-        columns = self._columns(adata)
-        doubtful: Literal["refuse", "warn"] = "warn" if self.fractional else "refuse"
-        counts = _checks.read_counts(adata, keys.layer, transformed=doubtful)[:, columns].tocsr()
-        return self._load(adata, counts, keys, columns), columns
+        opened, columns = self._open_like_the_fit(adata, keys)
+        return self._take(opened), columns
 
-    def _load(
-        self, adata: AnnData, counts: sp.csr_matrix, keys: DataKeys, columns: NDArray[np.int64] | None = None
-    ) -> Loaded:
-        """Check everything that the fit reads besides counts, and cut it into FOVs."""
-        from .data._fields import GraphConfig, fields_of_view
+    def _open_like_the_fit(self, adata: AnnData, keys: DataKeys) -> tuple[Opened, NDArray[np.int64]]:
+        columns = self._columns(adata)
+        return self._open(adata, keys, columns, "warn" if self.fractional else "refuse"), columns
+
+    def _open(
+        self,
+        adata: AnnData,
+        keys: DataKeys,
+        columns: NDArray[np.int64] | None = None,
+        transformed: Literal["refuse", "warn"] = "refuse",
+    ) -> Opened:
+        """Check everything that is read: counts, FOVs, coordinates, entries not measured, the user's graph."""
+        from .data._counts import in_memory
+        from .data._fields import GraphConfig, Layout
         from .data._graph import given_graph
         from .data._labels import field_codes
 
+        scanned = matrix = None
+        if _checks.lies_outside_memory(adata, keys.layer):
+            scanned = _checks.scan_counts(adata, keys.layer, transformed=transformed)
+        else:
+            matrix = _checks.read_counts(adata, keys.layer, transformed=transformed)
         library = _checks.check_library_key(adata, keys.library_key)
         codes, names = field_codes(adata.obs, library)
         coordinates = _checks.check_coordinates(adata, keys.spatial_key, codes)
         missing = _checks.check_layer_of_missing(adata, keys.missing)
-        if missing is not None:
-            missing = missing if columns is None else missing[:, columns]
-            counts = _without(counts, missing)
-            if counts.nnz == 0:
+        if columns is not None:
+            missing = None if missing is None else missing[:, columns]
+            scanned = None if scanned is None else scanned.of(columns)
+            matrix = None if matrix is None else matrix[:, columns].tocsr()
+        if matrix is not None:
+            matrix = matrix if missing is None else _without(matrix, missing)
+            if matrix.nnz == 0 and missing is not None:
                 raise ValueError(
                     f"`missing={keys.missing!r}` marks every entry that has counts; nothing is left to fit."
                 )
@@ -816,7 +905,7 @@ class SpaFormer:
         if keys.connectivity_key is not None:
             given = given_graph(_checks.check_connectivities(adata, keys.connectivity_key), codes)
         positional = self._positional()
-        fields, summary = fields_of_view(
+        layout = Layout(
             coordinates,
             codes,
             names,
@@ -826,14 +915,47 @@ class SpaFormer:
             tile_size=self.tile_size,
             encode=None if positional is None else positional.features,
         )
-        if positional is not None and positional.reads_components and summary["n_components"] > 2 * len(names):
+        if scanned is None:
+            assert matrix is not None
+            scanned = in_memory(matrix, not _checks.is_whole(matrix))
+        return Opened(scanned, missing, layout)
+
+    def _take(self, opened: Opened, most: int | None = None) -> Loaded:
+        """Take cells into memory with their FOVs: all, or some FOVs and tiles drawn at random with ``most`` cells."""
+        from .data._fields import fields_of_view, on_their_own, some_images, some_tiles
+
+        layout = opened.layout
+        n_cells = len(layout.codes)
+        chosen: NDArray[np.int64] | None = None
+        cells: NDArray[np.int64] | None = None
+        rng = np.random.default_rng(derived_seed(self.random_state, "cells of the fit"))
+        if most is not None:
+            chosen = some_images(np.bincount(layout.codes), most, rng)
+        fields, summary = fields_of_view(layout, chosen)
+        all_of_it = chosen is None
+        if most is not None and sum(int(field.own.sum()) for field in fields) > 1.5 * most:
+            fields, all_of_it = some_tiles(fields, most, rng), False
+        if not all_of_it:
+            fields, cells = on_their_own(fields)
+            logger.info("the model is fitted to %d of %d cells, %d fields of view", len(cells), n_cells, len(fields))
+        self._warn_of_components(summary)
+        rows = np.arange(n_cells) if cells is None else cells
+        counts = opened.counts.rows(rows)
+        missing = None if opened.missing is None else opened.missing if cells is None else opened.missing[cells]
+        if missing is not None:
+            counts = _without(counts, missing)
+        images = layout.codes if cells is None else np.unique(layout.codes[cells], return_inverse=True)[1]
+        return Loaded(counts, fields, missing, images, summary, cells)
+
+    def _warn_of_components(self, summary: Mapping[str, int | float]) -> None:
+        positional = self._positional()
+        if positional is not None and positional.reads_components and summary["n_components"] > 2 * summary["n_fovs"]:
             logger.warning(
                 "the spatial graph falls apart: %d connected components in %d fields of view, and graph encodings see "
                 "one component only. Use a larger `n_neighbors` or `radius`, or graph='delaunay'.",
                 summary["n_components"],
-                len(names),
+                summary["n_fovs"],
             )
-        return Loaded(counts, fields, missing, codes, summary)
 
     # --- networks -----------------------------------------------------------------------------------------------------
 
@@ -1086,22 +1208,6 @@ def resolve_device(device: str) -> torch.device:
 def _as_key(library_key: str | Sequence[str] | None) -> str | list[str] | None:
     # Anything else is refused, with a message, when the key is looked up.
     return list(library_key) if isinstance(library_key, (list, tuple)) else library_key  # type: ignore[return-value]
-
-
-def _dispersion(parts: list[tuple[NDArray[Any], ...]], target_sum: float) -> NDArray[np.float64]:
-    """Dispersion (genes, 2) that leads from log-normalised values back to counts, where measured and where not."""
-    from .training.posterior import dispersion_of_lognorm
-
-    counts, values, depth, seen = (np.concatenate(part) for part in zip(*parts, strict=True))
-    scale = target_sum / np.maximum(depth, 1e-12)
-    found = np.full((counts.shape[1], 2), np.nan)
-    for number, entries in enumerate((seen, ~seen)):
-        known = entries & (depth > 0)[:, None]
-        if known.any():
-            found[:, number] = dispersion_of_lognorm(counts, np.where(known, values, np.nan), scale)
-    # Where a gene was measured, or was not, in hardly any cell, that of the other entries; without any, Poisson noise.
-    found = np.where(np.isfinite(found), found, found[:, ::-1])
-    return np.where(np.isfinite(found), found, 1e6)
 
 
 def _without(counts: sp.csr_matrix, entries: NDArray[np.bool_]) -> sp.csr_matrix:

@@ -16,6 +16,7 @@ import pytest
 from scipy import sparse
 
 from spaformer_sc import _checks as checks
+from spaformer_sc.data._counts import in_memory
 from spaformer_sc.data._labels import field_codes, fov_like_columns, suggested_library_key
 
 FORMS = [np.array, np.asfortranarray, sparse.csr_matrix, sparse.csc_matrix, sparse.csr_array, sparse.csc_array]
@@ -451,11 +452,11 @@ def test_integerize(rng):
 def test_describe_empty(counts, caplog):
     counts[:, 0] = 1
     counts[3] = 1
-    checks.describe_empty(sparse.csr_matrix(counts))
+    checks.describe_empty(in_memory(sparse.csr_matrix(counts), False))
     assert caplog.text == ""
     counts[:3] = 0
     counts[:, 4:8] = 0
-    checks.describe_empty(sparse.csr_matrix(counts))
+    checks.describe_empty(in_memory(sparse.csr_matrix(counts), False))
     assert "3 of 60 cells have no counts" in caplog.text
     assert "4 of 30 genes have no counts" in caplog.text
 
@@ -861,5 +862,5 @@ def test_only_own_results_are_overwritten(adata, counts):
 def test_checks_log_through_one_logger(adata, counts, caplog):
     counts[0] = 0
     with caplog.at_level(logging.WARNING):
-        checks.describe_empty(sparse.csr_matrix(counts))
+        checks.describe_empty(in_memory(sparse.csr_matrix(counts), False))
     assert {record.name for record in caplog.records} == {"spaformer_sc"}

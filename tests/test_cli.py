@@ -109,6 +109,7 @@ OPTIONS = {  # option and value on the command line: argument and value of `tl.i
     ("--max-epochs", "7"): ("max_epochs", 7),
     ("--tile-size", "700"): ("tile_size", 700),
     ("--random-state", "3"): ("random_state", 3),
+    ("--resume",): ("resume", True),
     ("--device", "cpu"): ("device", "cpu"),
     ("--quiet",): ("progress", False),
 }
@@ -125,7 +126,7 @@ def test_every_option_arrives(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sf.tl, "impute", impute)
     flat = [part for option in OPTIONS for part in option]
     assert run("impute", *flat, source, tmp_path / "out.h5ad") == 0
-    assert received == dict(OPTIONS.values())
+    assert received == dict(OPTIONS.values()) | {"output_path": str(tmp_path / "out.h5ad")}
     with pytest.raises(SystemExit):
         run("impute", "--help")
     shown = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
@@ -144,6 +145,7 @@ def test_what_is_not_asked_for_is_left_to_the_defaults(source, tmp_path, monkeyp
     defaults = {name: parameter.default for name, parameter in inspect.signature(sf.tl.impute).parameters.items()}
     monkeypatch.setattr(sf.tl, "impute", lambda adata, **arguments: received.update(arguments))
     assert run("impute", source, tmp_path / "out.h5ad") == 0
+    assert received.pop("output_path") == str(tmp_path / "out.h5ad")
     assert received == {name: defaults[name] for name in received}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 import spaformer_sc as sf
-from spaformer_sc.data._fields import GraphConfig, fields_of_view
+from spaformer_sc.data._fields import GraphConfig, Layout, fields_of_view
 from spaformer_sc.nn.masking import CORRUPTIONS, MaskingRates, MaskingSchedule
 from spaformer_sc.nn.network import Network, NetworkConfig, Tokens
 from spaformer_sc.positional import POSITIONAL, PositionalEncoding, build_positional
@@ -181,10 +181,10 @@ def slide(names: list[str]) -> list[FieldCounts]:
     rng = np.random.default_rng(0)
     counts = sp.csr_matrix(rng.poisson(1.5, (80, G)).astype(np.float32))
     codes = np.array([0] * 50 + [1] * 29 + [2])
-    fields, _ = fields_of_view(
+    fields, _ = fields_of_view(Layout(
         rng.uniform(0, 50, (80, 2)), codes, ["a", "b", "c"], graph=GraphConfig(), given=None, n_rings=1,
         tile_size=4000, encode=build_positional(names, 16).features,
-    )  # fmt: skip
+    ))  # fmt: skip
     return sequences(fields, counts, None)
 
 

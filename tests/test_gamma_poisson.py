@@ -55,4 +55,5 @@ def test_shares_and_derivatives_stay_finite_at_extremes() -> None:
     share = posterior_share(logits, log_concentration, counts, counts.sum(1), None)
     (share * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     torch.testing.assert_close(share.sum(1), torch.ones(2))
-    assert logits.grad.isfinite().all() and log_concentration.grad.isfinite().all()
+    assert logits.grad.isfinite().all()
+    assert log_concentration.grad.isfinite().all()

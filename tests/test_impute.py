@@ -219,7 +219,7 @@ def test_output_path(tissue, form, tmp_path):
     [
         "spaformer_sc.training.trainer.train",
         "spaformer_sc.training.scoring.held_out_scores",
-        "spaformer_sc.model.SpaFormer._predict_loaded",
+        "spaformer_sc.model.SpaFormer._predict_field",
         "spaformer_sc.model.SpaFormer.parameters",
     ],
 )
@@ -374,7 +374,8 @@ BAD = [
     ("key_added", None, {"key_added": "a/b"}, ValueError, "`key_added='a/b'` cannot be written"),
     ("output_path", None, {"output_path": "out.csv"}, ValueError, r"must end in \.h5ad or \.zarr"),
     ("output folder", None, {"output_path": "no/such/out.h5ad"}, FileNotFoundError, "does not exist"),
-    ("resume", None, {"resume": True}, ValueError, "`resume=True` is not available yet"),
+    ("resume", None, {"resume": True}, ValueError, "`resume=True` needs `output_path=`"),
+    ("resume type", None, {"resume": 1}, TypeError, "`resume=1` must be True or False"),
     ("devices", None, {"devices": 2}, ValueError, "`devices=2` is not available yet"),
     ("device", None, {"device": "abacus"}, ValueError, "`device='abacus'` cannot be used"),
     ("random_state", None, {"random_state": -1}, ValueError, "`random_state=-1` must be at least 0"),

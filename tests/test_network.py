@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from spaformer_sc.data._fields import GraphConfig, fields_of_view, neighbour_rings
+from spaformer_sc.data._fields import GraphConfig, Layout, fields_of_view, neighbour_rings
 from spaformer_sc.nn.masking import MaskingSchedule
 from spaformer_sc.nn.network import Network, NetworkConfig, Tokens
 from spaformer_sc.positional import build_positional
@@ -47,10 +47,10 @@ def tissue(n: int = 90, n_fovs: int = 3, names: str | None = None):
     coordinates = rng.uniform(0, 100, (n, 2))
     codes = np.sort(rng.integers(0, n_fovs, n))
     encode = None if names is None else build_positional(names, 16, k=4).features
-    fields, _ = fields_of_view(
+    fields, _ = fields_of_view(Layout(
         coordinates, codes, [f"f{i}" for i in range(n_fovs)], graph=GraphConfig(), given=None, n_rings=2,
         tile_size=4000, encode=encode,
-    )  # fmt: skip
+    ))  # fmt: skip
     return sequences(fields, counts, None)
 
 

@@ -215,7 +215,7 @@ def test_too_few_cells_say_nothing(drawn) -> None:
 
 def test_neighbours_tell_of_a_cell(shared_tissue) -> None:
     model = sf.SpaFormer(library_key="fov", quality="fast", max_epochs=1, progress=False)
-    loaded = model._load(shared_tissue, sp.csr_matrix(shared_tissue.X), model.keys)
+    loaded = model._take(model._open(shared_tissue, model.keys))
     split = metrics.thin(loaded.counts, 0.8, random_state=0)
     share = (np.asarray(split.train.sum(axis=0)).ravel() + 0.5).astype(np.float32)
     share /= share.sum()

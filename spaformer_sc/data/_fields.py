@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -103,20 +103,11 @@ def neighbour_rings(graph: sp.csr_matrix, n_rings: int) -> tuple[sp.csr_matrix, 
     return tuple(averages)
 
 
-def fields_of_view(
-    coordinates: NDArray[np.float64],
-    codes: NDArray[np.int64],
-    names: list[str],
-    *,
-    graph: GraphConfig,
-    given: sp.csr_matrix | None,
-    n_rings: int,
-    tile_size: int,
-    encode: Callable[[Any], dict[str, Tensor]] | None,
-) -> tuple[list[FieldOfView], dict[str, Any]]:
-    """Cut a data set into FOVs, and large FOVs into overlapping tiles, each with its graph and positional features.
+@dataclass(frozen=True)
+class Layout:
+    """How a data set is cut into FOVs, and large FOVs into overlapping tiles, each with its graph and features.
 
-    Parameters
+    Attributes
     ----------
     coordinates
         Positions (cells, 2 or 3), in any unit.
@@ -132,59 +123,149 @@ def fields_of_view(
         Largest number of cells of a tile.
     encode
         Maps a torch-geometric ``Data`` (``edge_index``, ``pos`` in typical distances, ``unit``) to positional features.
+    """
+
+    coordinates: NDArray[np.float64]
+    codes: NDArray[np.int64]
+    names: list[str]
+    graph: GraphConfig
+    given: sp.csr_matrix | None
+    n_rings: int
+    tile_size: int
+    encode: Callable[[Any], dict[str, Tensor]] | None
+
+    def fields(self, codes: Iterable[int] | None = None) -> Iterator[tuple[list[FieldOfView], dict[str, float]]]:
+        """Build the FOVs one after the other.
+
+        Parameters
+        ----------
+        codes
+            Numbers of the FOVs to build; all by default.
+
+        Yields
+        ------
+        The FOV, or its tiles; and the number of its edges, that of its connected components, and its typical distance
+        between neighbours.
+        """
+        import torch
+        from torch_geometric.data import Data
+
+        order = np.argsort(self.codes, kind="stable")
+        bounds = np.searchsorted(self.codes[order], np.arange(len(self.names) + 1))
+        for code in range(len(self.names)) if codes is None else codes:
+            name = self.names[code]
+            cells = order[bounds[code] : bounds[code + 1]]
+            here = self.coordinates[cells]
+            if self.given is None:
+                how = self.graph
+                adjacency = spatial_graph(here, method=how.method, n_neighbors=how.n_neighbors, radius=how.radius)
+            else:
+                adjacency = self.given[cells][:, cells].tocsr()
+            unit = typical_distance(here, adjacency)
+            tiles = tile(here, tile_size=self.tile_size, margin=MARGIN * unit)
+            fields = []
+            for number, part in enumerate(tiles):
+                local = part.context
+                sub = adjacency if len(local) == len(cells) else adjacency[local][:, local].tocsr()
+                coo = sub.tocoo()
+                edge_index = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
+                positions = ((here[local] - here.mean(axis=0)) / unit).astype(np.float32)
+                features: dict[str, Tensor] = {}
+                if self.encode is not None:
+                    pos = torch.from_numpy(positions)[:, :2]
+                    features = self.encode(Data(edge_index=edge_index, pos=pos, unit=unit, num_nodes=len(local)))
+                fields.append(
+                    FieldOfView(
+                        name=name if len(tiles) == 1 else f"{name}/tile{number}",
+                        image=name,
+                        cells=cells[local],
+                        own=np.isin(local, part.core),
+                        weight=part.weight,
+                        rings=neighbour_rings(sub, self.n_rings),
+                        edge_index=edge_index,
+                        positions=positions,
+                        unit=unit,
+                        features=features,
+                    )
+                )
+            yield (
+                fields,
+                {"n_edges": adjacency.nnz // 2, "n_components": n_components(adjacency), "typical_distance": unit},
+            )
+
+
+def fields_of_view(
+    layout: Layout, codes: Iterable[int] | None = None
+) -> tuple[list[FieldOfView], dict[str, int | float]]:
+    """Build all FOVs of a layout, or those of some numbers.
 
     Returns
     -------
-    The fields of view, and a summary of the graphs (numbers and strings).
+    The fields of view, and a summary of the graphs (numbers).
     """
-    import torch
-    from torch_geometric.data import Data
-
-    fields: list[FieldOfView] = []
-    components, edges, distances = 0, 0, []
-    order = np.argsort(codes, kind="stable")
-    bounds = np.searchsorted(codes[order], np.arange(len(names) + 1))
-    for code, name in enumerate(names):
-        cells = order[bounds[code] : bounds[code + 1]]
-        here = coordinates[cells]
-        if given is None:
-            adjacency = spatial_graph(here, method=graph.method, n_neighbors=graph.n_neighbors, radius=graph.radius)
-        else:
-            adjacency = given[cells][:, cells].tocsr()
-        unit = typical_distance(here, adjacency)
-        components += n_components(adjacency)
-        edges += adjacency.nnz // 2
-        distances.append(unit)
-        tiles = tile(here, tile_size=tile_size, margin=MARGIN * unit)
-        for number, part in enumerate(tiles):
-            local = part.context
-            sub = adjacency if len(local) == len(cells) else adjacency[local][:, local].tocsr()
-            coo = sub.tocoo()
-            edge_index = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
-            positions = ((here[local] - here.mean(axis=0)) / unit).astype(np.float32)
-            features: dict[str, Tensor] = {}
-            if encode is not None:
-                pos = torch.from_numpy(positions)[:, :2]
-                features = encode(Data(edge_index=edge_index, pos=pos, unit=unit, num_nodes=len(local)))
-            fields.append(
-                FieldOfView(
-                    name=name if len(tiles) == 1 else f"{name}/tile{number}",
-                    image=name,
-                    cells=cells[local],
-                    own=np.isin(local, part.core),
-                    weight=part.weight,
-                    rings=neighbour_rings(sub, n_rings),
-                    edge_index=edge_index,
-                    positions=positions,
-                    unit=unit,
-                    features=features,
-                )
-            )
+    built = list(layout.fields(codes))
+    fields = [field for parts, _ in built for field in parts]
+    facts = [facts for _, facts in built]
     summary = {
-        "n_fovs": len(names),
+        "n_fovs": len(built),
         "n_tiles": len(fields),
-        "n_edges": int(edges),
-        "n_components": int(components),
-        "typical_distance": float(np.median(distances)),
+        "n_edges": int(sum(fact["n_edges"] for fact in facts)),
+        "n_components": int(sum(fact["n_components"] for fact in facts)),
+        "typical_distance": float(np.median([fact["typical_distance"] for fact in facts])),
     }
     return fields, summary
+
+
+def some_images(sizes: NDArray[np.int64], most: int, rng: np.random.Generator) -> NDArray[np.int64] | None:
+    """Draw FOVs at random until they hold enough cells.
+
+    Parameters
+    ----------
+    sizes
+        Number of cells of each FOV (FOVs,).
+    most
+        Number of cells that is enough.
+    rng
+        Source of randomness.
+
+    Returns
+    -------
+    Numbers of the FOVs, increasing; None for all of them.
+    """
+    if sizes.sum() <= most:
+        return None
+    order = rng.permutation(len(sizes))
+    enough = int(np.searchsorted(sizes[order].cumsum(), most)) + 1
+    return None if enough >= len(sizes) else np.sort(order[:enough])
+
+
+def some_tiles(fields: Sequence[FieldOfView], most: int, rng: np.random.Generator) -> list[FieldOfView]:
+    """Draw tiles at random until they hold enough cells, with their margins; in order."""
+    order = rng.permutation(len(fields))
+    enough = int(np.searchsorted(np.cumsum([fields[i].n_cells for i in order]), most)) + 1
+    return [fields[i] for i in np.sort(order[:enough])]
+
+
+def on_their_own(fields: Sequence[FieldOfView]) -> tuple[list[FieldOfView], NDArray[np.int64]]:
+    """Make a data set of some tiles: their cells numbered anew, weights of a cell summing to 1 over just these.
+
+    A cell in the margin of a tile whose own tile is left out belongs to one of those that are left.
+
+    Returns
+    -------
+    The tiles, and the rows of their cells in the whole data set (cells,), increasing.
+    """
+    cells = np.unique(np.concatenate([field.cells for field in fields]))
+    places = [np.searchsorted(cells, field.cells) for field in fields]
+    total, times, owned = np.zeros(len(cells)), np.zeros(len(cells)), np.zeros(len(cells), dtype=bool)
+    for field, place in zip(fields, places, strict=True):
+        total[place] += field.weight
+        times[place] += 1
+        owned[place[field.own]] = True
+    renumbered = []
+    for field, place in zip(fields, places, strict=True):
+        weight = np.where(total[place] > 0, field.weight / np.maximum(total[place], 1e-12), 1 / times[place])
+        own = field.own | ~owned[place]
+        owned[place] = True
+        renumbered.append(replace(field, cells=place, own=own, weight=weight.astype(np.float32)))
+    return renumbered, cells

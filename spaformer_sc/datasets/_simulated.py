@@ -124,7 +124,11 @@ FAMILY_SHARES = (
 
 
 def simulated_tissue(
-    n_fovs: int = 4, n_cells: int = 600, n_genes: int = 300, random_state: int | np.random.Generator = 0
+    n_fovs: int = 4,
+    n_cells: int = 600,
+    n_genes: int = 300,
+    random_state: int | np.random.Generator = 0,
+    panel_state: int | None = None,
 ) -> AnnData:
     """Simulate counts of a tissue as a CosMx-like assay sees them, with the true expression kept.
 
@@ -161,6 +165,9 @@ def simulated_tissue(
         so on.
     random_state
         Seed or generator. The same seed gives the same tissue, bit by bit, on one machine.
+    panel_state
+        Seed of what the genes are (abundance, program, fold changes), to simulate several slides of the same genes;
+        None takes that from ``random_state`` too.
 
     Returns
     -------
@@ -189,6 +196,8 @@ def simulated_tissue(
     n_cells = _count("n_cells", n_cells)
     n_genes = _count("n_genes", n_genes)
     layout_rng, panel_rng, state_rng, count_rng = _generator(random_state).spawn(4)
+    if panel_state is not None:
+        panel_rng = _generator(panel_state)
 
     tissue = _lay_out(n_fovs, n_cells, layout_rng)
     panel = _design_panel(n_genes, panel_rng)
@@ -223,6 +232,7 @@ def simulated_tissue(
         "n_cells": n_cells,
         "n_genes": n_genes,
         "random_state": "generator" if isinstance(random_state, np.random.Generator) else int(random_state),
+        "panel_state": "random_state" if panel_state is None else int(panel_state),
         "area_per_cell_um2": AREA_PER_CELL,
         "touching_radius_um": TOUCHING_RADIUS,
         "leak_per_neighbour": LEAK_PER_NEIGHBOUR,

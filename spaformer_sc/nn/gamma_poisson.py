@@ -61,7 +61,7 @@ class _PosteriorShare(torch.autograd.Function):
             share = torch.where(visible, share, prior)
         total = share.sum(-1, keepdim=True)
         share /= total
-        ctx.save_for_backward(prior, concentration, evidence, scale, share, total, depth, visible)
+        ctx.save_for_backward(prior, concentration, evidence, scale, share, total, visible)
         return share
 
     @staticmethod
@@ -73,7 +73,7 @@ class _PosteriorShare(torch.autograd.Function):
             \partial_p u = \frac{(k+x)\,k}{(k+Dp)^2}, \quad \partial_k u = \frac{p\,(Dp-x)}{(k+Dp)^2}, \quad
             \partial_x u = \frac{p}{k+Dp}, \quad \partial_D u = -\frac{(k+x)\,p^2}{(k+Dp)^2}.
         """
-        prior, concentration, evidence, scale, share, total, depth, visible = ctx.saved_tensors
+        prior, concentration, evidence, scale, share, total, visible = ctx.saved_tensors
         of_share = grad - (grad * share).sum(-1, keepdim=True)
         of_share /= total
         kept = None

@@ -24,7 +24,7 @@ from spaformer_sc._checks import (
 )
 from spaformer_sc._config import POSITIONAL
 from spaformer_sc._logging import logger
-from spaformer_sc.data._fields import FieldOfView, GraphConfig, fields_of_view
+from spaformer_sc.data._fields import FieldOfView, GraphConfig, Layout, fields_of_view
 from spaformer_sc.data._graph import given_graph
 from spaformer_sc.data._labels import field_codes
 
@@ -166,14 +166,16 @@ def positional_encoding(
             name, max(k, TOKEN_WIDTH) if conditional else 1, k=k, n_frequencies=n_frequencies, patch_size=patch_size
         )
     fovs, _ = fields_of_view(
-        coordinates,
-        codes,
-        fields,
-        graph=GraphConfig(n_neighbors=n_neighbors),
-        given=given,
-        n_rings=0,
-        tile_size=adata.n_obs,
-        encode=encoding.features,
+        Layout(
+            coordinates,
+            codes,
+            fields,
+            graph=GraphConfig(n_neighbors=n_neighbors),
+            given=given,
+            n_rings=0,
+            tile_size=adata.n_obs,
+            encode=encoding.features,
+        )
     )
     if counts is None:
         parts = [_features(encoding, fov) for fov in fovs]

@@ -147,7 +147,7 @@ def evaluate(
     per_gene["held_out"] = per_gene["held_out"].fillna(0).astype(np.int64)
     cells = pd.DataFrame(index=adata.obs_names)
     if use_rep is not None:
-        alike = groups_alike(np.asarray(adata.obsm[use_rep], dtype=np.float32), seed)
+        alike, _ = groups_alike(np.asarray(adata.obsm[use_rep], dtype=np.float32), seed)
         scored = scores_of_groups(gains, np.asarray(held.sum(axis=1), dtype=np.float64).ravel(), alike)
         cells = scored.iloc[alike][list(OF_CELLS)]
     said: dict[str, Any] = {

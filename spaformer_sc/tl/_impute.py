@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,10 +15,13 @@ from numpy.typing import NDArray
 
 from spaformer_sc import __version__, _checks
 from spaformer_sc._config import OUTPUTS, ZEROS
+from spaformer_sc._gather import InMemory, OnDisk
 from spaformer_sc._keys import Keys
 from spaformer_sc._logging import logger
-from spaformer_sc._write import check_path, write_atomically, write_result
-from spaformer_sc.model import Prediction, SpaFormer
+from spaformer_sc._memory import state_disk
+from spaformer_sc._write import check_path, write_atomically, write_result, write_streamed
+from spaformer_sc.metrics._protocols import row_blocks
+from spaformer_sc.model import Opened, SpaFormer
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -158,9 +164,15 @@ def impute(
     key_added
         Name of all that is written.
     output_path
-        Also write the result to this ``.h5ad`` or ``.zarr``, whole or not at all.
-    resume, devices
-        Reserved: resuming a killed run and training on several devices are not available yet.
+        Also write the result to this ``.h5ad`` or ``.zarr``, whole or not at all. Where the counts are in a file
+        (``anndata.read_h5ad(path, backed="r")``) or lazy, the result goes there alone, FOV by FOV, and ``adata`` stays
+        as it is: neither counts nor result need to fit into memory. What an unfinished run has done lies beside it in a
+        folder that ends in ``.partial``.
+    resume
+        Go on with an unfinished run to the same ``output_path``, with the same data and choices; the result is that of
+        an uninterrupted one. Without an unfinished run, start one.
+    devices
+        Reserved: training on several devices is not available yet.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, …
     random_state
@@ -241,10 +253,11 @@ def impute(
     _checks.check_choice("output", output, OUTPUTS)
     _checks.check_choice("zeros", zeros, ZEROS)
     _checks.check_flag("sd", sd)
-    for name, value, only in (("resume", resume, False), ("devices", devices, 1)):
-        if value != only:
-            raise ValueError(f"`{name}={value!r}` is not available yet; leave it at {only!r}.")
+    if devices != 1:
+        raise ValueError(f"`devices={devices!r}` is not available yet; leave it at 1.")
     _checks.check_flag("copy", copy)
+    if _checks.check_flag("resume", resume) and output_path is None:
+        raise ValueError("`resume=True` needs `output_path=`: what an unfinished run has done lies beside it.")
     if adata.isbacked and adata.is_view and not copy:
         raise ValueError(
             "`adata` is a view of a file, which cannot be written to: pass copy=True, or adata.to_memory()."
@@ -295,90 +308,139 @@ def impute(
         raise ValueError(
             f"`{wanted}` needs a distribution of counts: decoder='nb', 'poisson' or 'zinb', not 'gaussian'."
         )
-    prediction = model.fit_predict(adata, output=output, target_sum=target_sum, columns=columns)
-    target_sum = target_sum or model.target_sum
-    deviation = None
-    if model.posterior is not None and (sd or zeros == "keep"):
-        deviation = _judge_entries(
-            adata, model, model.posterior, prediction, output, target_sum, columns, keep=zeros == "keep"
+    asked = {
+        "output": output,
+        "target_sum": target_sum,
+        "genes": "all" if columns is None else [str(name) for name in adata.var_names[columns]],
+        "key_added": key_added,
+        "preset": preset,
+        "quality": quality,
+        "zeros": zeros,
+    }
+    streamed = output_path is not None and not copy and _checks.lies_outside_memory(adata, layer)
+    gather: Callable[[int, int, int], InMemory | OnDisk] = InMemory
+    checkpoint = None
+    if output_path is not None:
+        from spaformer_sc.training.checkpoint import Checkpoint
+
+        unfinished = Path(f"{os.fspath(output_path)}.partial")
+        checkpoint = Checkpoint(unfinished, resume=resume, choices={**asked, "sd": sd, **model.parameters()})
+        if streamed:
+            state_disk(unfinished.parent, adata.n_obs, adata.n_vars, model.settings.n_latent, n_layers=1 + sd)
+            gather = partial(OnDisk, unfinished / "rows")
+    with checkpoint or nullcontext():
+        found, opened = model.fit_predict(
+            adata, output=output, target_sum=target_sum, columns=columns, gather=gather, checkpoint=checkpoint
         )
+        if copy:
+            adata = adata.to_memory() if adata.isbacked else adata.copy()
+        _write(adata, keys, model, found, opened, asked, columns, sd, output_path)
+    return adata if copy else None
+
+
+def _write(
+    adata: AnnData,
+    keys: Keys,
+    model: SpaFormer,
+    found: InMemory | OnDisk,
+    opened: Opened,
+    asked: dict[str, Any],
+    columns: NDArray[np.int64] | None,
+    sd: bool,
+    output_path: str | os.PathLike[str] | None,
+) -> None:
+    """Write what a fit has given into ``adata`` and, if asked for, to a file; to that alone where it lies on disk."""
+    asked = {**asked, "target_sum": float(asked["target_sum"] or model.target_sum)}
+    back = found.dispersion(asked["target_sum"])
+    depth = found.depth
     gene_scores = model.gene_scores[list(SCORES)].copy()
-    back = prediction.dispersion
     for number, name in enumerate(BACK):
         gene_scores[name] = np.nan if back is None else _among_all(back[:, number], columns, adata.n_vars)
-    if copy:
-        adata = adata.to_memory() if adata.isbacked else adata.copy()
-    write_result(
-        adata,
-        keys,
-        expression=_among_all(prediction.expression, columns, adata.n_vars),
-        embedding=prediction.embedding,
-        gene_scores=gene_scores,
-        cell_scores=model.cell_scores.assign(depth=prediction.depth)[list(OF_CELLS)],
-        record={
-            "params": {
-                "spaformer_sc": __version__,
-                "output": output,
-                "target_sum": float(target_sum),
-                "genes": "all" if columns is None else [str(name) for name in adata.var_names[columns]],
-                "key_added": key_added,
-                "preset": preset,
-                "quality": quality,
-                "zeros": zeros,
-                "n_genes": adata.n_vars,
-                **model.parameters(),
-            },
+    judge = None
+    if model.posterior is not None and (sd or asked["zeros"] == "keep"):
+        scale = asked["output"], asked["target_sum"], back
+        judge = partial(_judge, opened, columns, model.posterior, scale, asked["zeros"] == "keep")
+    results = {
+        "embedding": found.embedding,
+        "gene_scores": gene_scores,
+        "cell_scores": model.cell_scores.assign(depth=depth)[list(OF_CELLS)],
+        "record": {
+            "params": {"spaformer_sc": __version__, **asked, "n_genes": adata.n_vars, **model.parameters()},
             "history": model.history,
             "scores": model.scores,
             "fovs": {"fov": [str(name) for name in model.fov_scores.index]}
             | {name: _listed(model.fov_scores[name]) for name in model.fov_scores},
             "posterior": None if model.posterior is None else model.posterior.to_dict(),
         },
-        sd=_among_all(deviation, columns, adata.n_vars) if sd and deviation is not None else None,
-    )
-    scores = model.scores
+    }
+    if isinstance(found, InMemory):
+        deviation = None if judge is None else np.empty_like(found.expression)
+        if judge is not None and deviation is not None:
+            for rows in row_blocks((adata.n_obs, 4 * adata.n_vars)):  # a quarter: there are many temporaries
+                deviation[rows] = judge(found.expression[rows], rows, depth[rows])
+        write_result(
+            adata,
+            keys,
+            expression=_among_all(found.expression, columns, adata.n_vars),
+            sd=_among_all(deviation, columns, adata.n_vars) if sd and deviation is not None else None,
+            **results,
+        )
     logger.info(
         "held-out transcripts: %.3f nats gained on each over gene means; median correlation per gene %.3f, with single "
         "transcripts, whose noise keeps it low",
-        scores["gain"],
-        scores["median_pearson"],
+        model.scores["gain"],
+        model.scores["median_pearson"],
     )
     if output_path is not None:
-        write_atomically(adata, output_path)
+        if isinstance(found, OnDisk):
+            blended = partial(_blended, found, judge, depth, columns, adata.n_vars)
+            write_streamed(adata, output_path, keys, layer_of=blended, sd=sd, **results)
+        else:
+            write_atomically(adata, output_path)
         logger.info("wrote %s", os.fspath(output_path))
-    return adata if copy else None
 
 
-def _judge_entries(
-    adata: AnnData,
-    model: SpaFormer,
-    posterior: Posterior,
-    prediction: Prediction,
-    output: str,
-    target_sum: float,
+Judge = Callable[[NDArray[np.float32], slice, NDArray[np.float32]], NDArray[np.float32]]
+
+
+def _blended(
+    found: OnDisk,
+    judge: Judge | None,
+    depth: NDArray[np.float32],
     columns: NDArray[np.int64] | None,
-    *,
-    keep: bool,
+    n_genes: int,
+    rows: slice,
+    sd: bool,
 ) -> NDArray[np.float32]:
-    """Standard deviation of each entry's posterior (cells × genes); with ``keep``, confident zeros are made 0."""
-    from spaformer_sc.metrics._protocols import row_blocks
+    """Imputed expression of some cells (cells × all genes), or its standard deviations."""
+    values = found.blend(rows)[:, : found.n_genes]
+    deviation = None if judge is None else judge(values, rows, depth[rows])
+    return _among_all(deviation if sd and deviation is not None else values, columns, n_genes)
+
+
+def _judge(
+    opened: Opened,
+    columns: NDArray[np.int64] | None,
+    posterior: Posterior,
+    scale: tuple[str, float, NDArray[np.float64] | None],
+    keep: bool,
+    values: NDArray[np.float32],
+    rows: slice,
+    depth: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Standard deviation of the posterior of some cells; with ``keep``, confident zeros among ``values`` go to 0."""
     from spaformer_sc.training.posterior import detection, standard_deviation
 
     chosen = slice(None) if columns is None else columns
-    counts = _checks.read_counts(adata, model.keys.layer)[:, chosen]
-    missing = _checks.check_layer_of_missing(adata, model.keys.missing)
-    found = np.empty_like(prediction.expression)
-    for rows in row_blocks((found.shape[0], 4 * found.shape[1])):  # a quarter: there are many temporaries
-        own = counts[rows].toarray()
-        hidden = None if missing is None else missing[rows][:, chosen]
-        values, depth = prediction.expression[rows], prediction.depth[rows].astype(np.float64)
-        scale = output, target_sum, depth, prediction.dispersion
-        mean, shape = posterior.entries(values, own, hidden, *scale)
-        found[rows] = standard_deviation(mean, shape, output, target_sum, depth)
-        if keep:
-            confident = (own == 0) & (detection(mean, shape) < LEAST_DETECTION)
-            values[confident if hidden is None else confident & ~hidden] = 0
-    return found
+    own = opened.counts.rows(np.arange(rows.start, rows.stop))[:, chosen].toarray()
+    hidden = None if opened.missing is None else opened.missing[rows][:, chosen]
+    output, target_sum, dispersion = scale
+    full = depth.astype(np.float64)
+    mean, shape = posterior.entries(values, own, hidden, output, target_sum, full, dispersion)
+    if keep:
+        confident = (own == 0) & (detection(mean, shape) < LEAST_DETECTION)
+        values[confident if hidden is None else confident & ~hidden] = 0
+    return standard_deviation(mean, shape, output, target_sum, full)
 
 
 def _among_all(values: NDArray[Any], columns: NDArray[np.int64] | None, n_genes: int) -> NDArray[Any]:

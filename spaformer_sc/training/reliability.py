@@ -463,13 +463,26 @@ def reliability(
     return genes, of_cells, float(overall_gain(total)), float(jackknife(sums, overall_gain))
 
 
-def groups_alike(embedding: NDArray[np.float32], seed: int) -> NDArray[np.int64]:
-    """Groups of about :data:`ALIKE` cells that lie together in the latent space, by k-means (cells,)."""
+def groups_alike(embedding: NDArray[np.float32], seed: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Groups of about :data:`ALIKE` cells that lie together in the latent space, by k-means.
+
+    Returns
+    -------
+    Group of each cell (cells,), and the centres (groups, n_latent).
+    """
     from sklearn.cluster import MiniBatchKMeans
 
     n_groups = int(np.clip(len(embedding) // ALIKE, 1, _MOST_KINDS))
     means = MiniBatchKMeans(n_groups, random_state=seed % 2**32, n_init=1, reassignment_ratio=0.0)
-    return np.asarray(means.fit_predict(embedding), dtype=np.int64)
+    groups = np.asarray(means.fit_predict(embedding), dtype=np.int64)
+    return groups, np.asarray(means.cluster_centers_, dtype=np.float32)
+
+
+def closest(embedding: NDArray[np.float32], centres: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Number of the centre (groups, n_latent) that each cell (cells, n_latent) is closest to (cells,)."""
+    from sklearn.metrics import pairwise_distances_argmin
+
+    return np.asarray(pairwise_distances_argmin(embedding, centres), dtype=np.int64)
 
 
 def scores_of_groups(gains: FloatArray, held_out: FloatArray, groups: NDArray[np.int64]) -> pd.DataFrame:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,13 @@ from spaformer_sc._config import Training
 from spaformer_sc._logging import logger
 from spaformer_sc.nn.decoders import CountDecoder
 from spaformer_sc.nn.network import Network
-from spaformer_sc.nn.seeding import seeded
+from spaformer_sc.nn.seeding import random_state, seeded, set_random_state
 
+from .checkpoint import Checkpoint
 from .sequences import Batch, FieldCounts, Sampler
+
+STATE = "training"
+"""Name of the state of a training in a checkpoint."""
 
 KL_WEIGHT = 0.01
 """Weight of the divergence of a variational latent, after its warm-up.
@@ -171,6 +176,18 @@ class _Watch:
             self._since_best += 1
         self.stop = self._since_best >= self.patience
 
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` goes on from."""
+        kept = ("losses", "stop", "_best", "best_score", "_since_best")
+        return {"history": asdict(self.history), **{name: getattr(self, name) for name in kept}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.history = History(**state["history"])
+        for name, value in state.items():
+            if name != "history":
+                setattr(self, name, value)
+
     def diverged(self, step: int) -> tuple[Network, History]:
         """Give the last good weights and say so; an error when there are none."""
         if not self._best:
@@ -195,6 +212,7 @@ def train(
     validate: Callable[[Network], float],
     seed: int,
     progress: Callable[[int, int, float], None],
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Network, History]:
     """Train a network and return the best weights seen on what is held out.
 
@@ -215,6 +233,8 @@ def train(
     progress
         Called after each step with the number of steps done, of all steps (those done, when training stops early), and
         the best validation score so far, that of the weights that are kept; -inf before the first.
+    checkpoint
+        Where the state is kept between epochs, and taken up from if one is there; None for nowhere.
 
     Returns
     -------
@@ -230,9 +250,35 @@ def train(
     average = WeightAverage(network, config.averaging) if config.averaging else None
     watch = _Watch(average.network if average else network, validate, config.patience)
     network.train()
-    step = 0
+    step = first_epoch = 0
+    generators = (corruption, noise, features)
     with seeded(seed + 3, sampler.device):  # dropout draws from the global generator
-        for epoch in range(n_epochs):
+        kept = None if checkpoint is None else checkpoint.load(STATE)
+        if kept is not None:
+            step, first_epoch = kept["step"], kept["epoch"]
+            network.load_state_dict(kept["network"])
+            optimizer.load_state_dict(kept["optimizer"])
+            if average:
+                average.network.load_state_dict(kept["average"])
+                average.n_updates = kept["n_updates"]
+            watch.restore(kept["watch"])
+            for generator, state in zip(generators, kept["generators"], strict=True):
+                generator.set_state(state)
+            set_random_state(kept["dropout"], sampler.device)
+        for epoch in range(first_epoch, n_epochs):
+            if checkpoint is not None and checkpoint.due:
+                state = {
+                    "step": step,
+                    "epoch": epoch,
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average.network.state_dict() if average else {},
+                    "n_updates": average.n_updates if average else 0,
+                    "watch": watch.state(),
+                    "generators": [generator.get_state() for generator in generators],
+                    "dropout": random_state(sampler.device),
+                }
+                checkpoint.save(STATE, state)
             for batch in sampler.epoch(data, corruption, (epoch / n_epochs, (epoch + 1) / n_epochs)):
                 factor = learning_rate_factor(step, n_steps, config)
                 for group, rate in zip(optimizer.param_groups, base_rates, strict=True):

@@ -1,0 +1,132 @@
+"""The state of a fit on disk, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spaformer_sc._logging import logger
+
+RUN = "run.json"
+"""File that says what run the states are of."""
+
+INTERVAL = 30.0
+"""Seconds between two states of a training that are kept, at least."""
+
+
+class Checkpoint:
+    """Named states in a folder, each replaced whole: numbers, strings, arrays and tensors in lists and dictionaries.
+
+    Loading executes nothing (``torch.load`` with ``weights_only``).
+
+    Parameters
+    ----------
+    folder
+        Where the states are.
+    resume
+        Go on from the states that are there; otherwise they are removed when the run begins.
+    choices
+        What was asked for, numbers, strings, lists and dictionaries: a run goes on only where it is the same.
+    """
+
+    def __init__(self, folder: Path, *, resume: bool, choices: dict[str, Any]) -> None:
+        self._folder, self._resume, self._choices = folder, resume, choices
+        self._saved = time.monotonic()
+        self._begun = False
+
+    def begin(self, found: dict[str, Any]) -> None:
+        """Make the folder, or check that what is there belongs to the same run.
+
+        Parameters
+        ----------
+        found
+            What the data are and what the fit is, beside what was asked for.
+
+        Raises
+        ------
+        ValueError
+            If the states are of other data or choices.
+        """
+        run = json.loads(json.dumps({**self._choices, **found}))
+        path = self._folder / RUN
+        if self._resume and path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            different = [name for name in sorted(run.keys() | kept.keys()) if run.get(name) != kept.get(name)]
+            if different:
+                raise ValueError(
+                    f"`resume=True`: {self._folder} holds a run that differs in {', '.join(different)}; pass what it "
+                    "was started with, or resume=False to start anew."
+                )
+            logger.info("going on with the run in %s", self._folder)
+            self._begun = True
+            return
+        if self._folder.exists() and not path.exists() and any(self._folder.iterdir()):
+            raise ValueError(f"{self._folder} is in the way of the unfinished run; move it elsewhere.")
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir()
+        path.write_text(json.dumps(run), encoding="utf-8")
+        self._begun = True
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        """Remove the folder, unless the run was interrupted after it had done something."""
+        done = (path for path in self._folder.rglob("*") if path.is_file() and path.stat().st_size)
+        if failed is not None and any(path.name != RUN for path in done):
+            logger.warning("what the run has done is in %s; resume=True goes on from there.", self._folder)
+        elif (self._folder / RUN).exists() and (failed is None or self._begun):
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def due(self) -> bool:
+        """Whether the last state was kept long enough ago for another."""
+        return time.monotonic() - self._saved >= INTERVAL
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        """Keep a state under a name in place of an earlier one."""
+        fresh = self._folder / f"{name}.fresh"
+        with open(fresh, "wb") as file:
+            torch.save(_with_tensors(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, self._folder / f"{name}.pt")
+        self._saved = time.monotonic()
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """Return the state of a name, arrays as tensors; None if there is none.
+
+        Raises
+        ------
+        ValueError
+            If it cannot be read.
+        """
+        path = self._folder / f"{name}.pt"
+        if not path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True)
+        except Exception as error:  # whatever a damaged file makes of it
+            raise ValueError(f"{path} is damaged; pass resume=False to start anew.") from error
+        return state
+
+    def drop(self, name: str) -> None:
+        """Forget the state of a name."""
+        (self._folder / f"{name}.pt").unlink(missing_ok=True)
+
+
+def _with_tensors(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tensors(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_tensors(part) for part in value]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(value))
+    return value
