@@ -21,7 +21,8 @@ from typing import Any
 
 from runs import Row, checksum, package_files, peak_mib, pinned_environment, read_rows, write_rows
 
-PARTS = ("growth", "step", "memory", "race", "tissue")
+PARTS = ("growth", "step", "memory", "race", "transfer", "tissue")
+EFFORTS = (0.05, 0.1, 0.2, 0.4)
 KEY = ("part", "data", "cells", "genes", "fovs", "threads", "seed")
 COLUMNS = (*KEY, "code", "score", "value")
 ONE_FOV = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
@@ -303,6 +304,43 @@ def race(data: str, library_key: str, seed: int) -> Values:
     return found
 
 
+# ------------------------------------------------------------------------------------------------------------ transfer
+
+
+def transfer(data: str, library_key: str, seed: int) -> Values:
+    """Gain in half of the fields of view of a model of the others: as it is, tuned, and of one fitted anew."""
+    import numpy as np
+
+    import spaformer_sc as sf
+    from spaformer_sc import metrics
+
+    adata = load(data, library_key)
+    if key_in(adata, library_key) is None:
+        raise SystemExit(f"{data}: transfer needs fields of view in obs[{library_key!r}]")
+    names = adata.obs[library_key].cat.categories
+    elsewhere = np.asarray(adata.obs[library_key].isin(names[1::2]))
+    here, there = adata[~elsewhere].copy(), adata[elsewhere].copy()
+    split = metrics.thin(there.X, 0.5, random_state=seed)
+    there.X = split.train
+    found: Values = {}
+
+    def fitted(title: str, fit: Any) -> Any:
+        started = time.process_time()
+        model = fit()
+        found[f"{title}, CPU s"] = time.process_time() - started
+        found[f"{title}, gain"] = metrics.poisson_gain(split.held, model.impute(there, output="rate"), split.train)
+        return model
+
+    def new() -> Any:
+        return sf.SpaFormer(library_key=library_key, quality="fast", random_state=seed, progress=False)
+
+    model = fitted("fitted to others, as it is", lambda: new().fit(here))
+    for effort in EFFORTS:
+        fitted(f"tuned with {100 * effort:.0f} % of the steps", lambda: model.fine_tune(there, effort=effort))  # noqa: B023
+    fitted("fitted anew", lambda: new().fit(there))
+    return found
+
+
 # -------------------------------------------------------------------------------------------------------------- tissue
 
 
@@ -344,17 +382,22 @@ def tissue(cells: int, genes: int, seed: int, out: str, quality: str) -> Values:
 
     import spaformer_sc as sf
 
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        path, result = Path(folder) / "tissue.h5ad", Path(folder) / "imputed.zarr"
+    path = Path(out) / f"tissue-{cells}x{genes}-{seed}.h5ad"
+    if not path.exists():
+        part = path.with_suffix(".part.h5ad")
         # In a process of its own: its memory is not that of the imputation.
-        job = {"function": "simulate", "path": str(path), "cells": cells, "genes": genes, "seed": seed}
+        job = {"function": "simulate", "path": str(part), "cells": cells, "genes": genes, "seed": seed}
         subprocess.run([sys.executable, __file__, "--job", json.dumps(job), ""], check=True)
+        part.rename(path)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        result = Path(folder) / "imputed.zarr"
         started = time.perf_counter()
         adata = ad.read_h5ad(path, backed="r")
         keys = ["slide", "fov"]
         sf.tl.impute(adata, library_key=keys, quality=quality, random_state=seed, output_path=result, progress=False)
         seconds = time.perf_counter() - started
         peak = peak_mib()
+        adata.file.close()
         import zarr
 
         store = zarr.open_group(str(result), mode="r")
@@ -362,6 +405,7 @@ def tissue(cells: int, genes: int, seed: int, out: str, quality: str) -> Values:
         some = np.asarray(layer[:: max(1, cells // 50)])
         found = ad.io.read_elem(store["uns/spaformer"])
         size = sum(file.stat().st_size for file in result.rglob("*") if file.is_file())
+    path.unlink()
     return {
         "cells written": float(layer.shape[0]),
         "minutes": seconds / 60,
@@ -378,18 +422,25 @@ def tissue(cells: int, genes: int, seed: int, out: str, quality: str) -> Values:
 
 def run_job(job: dict[str, Any]) -> Values:
     """Do what a job says, in this process."""
-    import torch
-
     from spaformer_sc._threads import wait_patiently
 
     wait_patiently()
+    import torch
+
     if "threads" in job:
         torch.set_num_threads(int(job.pop("threads")))
     function = job.pop("function")
     if function == "simulate":
         simulate(Path(job["path"]), job["cells"], job["genes"], job["seed"])
         return {}
-    functions: dict[str, Any] = {"growth": growth, "step": step, "memory": memory, "race": race, "tissue": tissue}
+    functions: dict[str, Any] = {
+        "growth": growth,
+        "step": step,
+        "memory": memory,
+        "race": race,
+        "transfer": transfer,
+        "tissue": tissue,
+    }
     return dict(functions[function](**job))
 
 
@@ -419,7 +470,7 @@ def planned(arguments: argparse.Namespace) -> list[tuple[tuple[str, ...], dict[s
                 if cells <= arguments.most_cells:
                     job = {"cells": cells, "genes": GROWTH_GENES, "fovs": fovs}
                     add("growth", "simulated", cells, GROWTH_GENES, fovs, seed, job)
-        for part in ("step", "memory", "race"):
+        for part in ("step", "memory", "race", "transfer"):
             if part in arguments.parts:
                 for data in arguments.data:
                     job = {"data": data, "library_key": arguments.library_key}
@@ -481,7 +532,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", default="scale", metavar="FOLDER", help="results: runs.csv, tables.md (default: scale)"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["growth", "tissue"])
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help=".h5ad files for step, memory and race")
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="FILE", help=".h5ad files for step, memory, race and transfer"
+    )
     parser.add_argument("--library-key", default="fov", metavar="COLUMN", help="obs column of fields of view")
     parser.add_argument("--cells", nargs="+", type=int, default=[1_000_000], metavar="N", help="sizes of the tissue")
     parser.add_argument("--genes", type=int, default=500, metavar="N", help="genes of the tissue (default: 500)")
@@ -497,8 +550,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.job[1]:
             Path(arguments.job[1]).write_text(json.dumps(values))
         return 0
-    if not arguments.data and set(arguments.parts) & {"step", "memory", "race"}:
-        parser.error("step, memory and race need --data")
+    if not arguments.data and set(arguments.parts) & {"step", "memory", "race", "transfer"}:
+        parser.error("step, memory, race and transfer need --data")
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "runs.csv"

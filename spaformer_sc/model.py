@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import zlib
@@ -15,7 +16,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from . import __version__, _checks
-from ._config import FORMS, GRAPHS, OUTPUTS, Settings, in_form, resolve, with_missing
+from ._config import FORMS, GRAPHS, OUTPUTS, Settings, Training, in_form, resolve, with_missing
 from ._gather import Block, Gathered, InMemory
 from ._logging import logger
 from ._memory import state_memory
@@ -129,6 +130,28 @@ class Loaded:
         if self.missing is None:
             return None
         return "genes" if in_blocks(self.missing, self.images) else "features"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Fitted networks that a training goes on from, with a share of the steps of a fit."""
+
+    model: SpaFormer
+    effort: float
+
+    def training(self, usual: Training) -> Training:
+        """How to train a network further that is usually trained like this."""
+        n_steps = max(1, round(self.effort * usual.n_steps))
+        n_epochs = None if usual.max_epochs is None else max(1, round(self.effort * usual.max_epochs))
+        return replace(usual, n_steps=n_steps, max_epochs=n_epochs, learning_rate=usual.learning_rate / 3)
+
+    def weights(self, number: int) -> dict[str, torch.Tensor]:
+        """Weights of a network; nothing is mixed into its shares yet, and gene means are those of the new data."""
+        return {
+            name: weight
+            for name, weight in self.model._networks[number].state_dict().items()
+            if name not in ("decoder.mixture", "decoder.gene_share")
+        }
 
 
 class SpaFormer:
@@ -294,6 +317,54 @@ class SpaFormer:
         self._fit_data(adata, self._keys_for(library_key, spatial_key, connectivity_key, layer, missing))
         return self
 
+    def fine_tune(
+        self,
+        adata: AnnData,
+        *,
+        effort: float = 0.2,
+        library_key: str | Sequence[str] | None = AS_FITTED,
+        spatial_key: str = AS_FITTED,
+        connectivity_key: str | None = AS_FITTED,
+        layer: str | None = AS_FITTED,
+        missing: str | None = AS_FITTED,
+    ) -> SpaFormer:
+        """Go on training with other cells, such as those of a new slide, in a fraction of the time of a fit.
+
+        Every network starts where it is and is trained at a third of the learning rate; held-out counts of the new
+        cells decide when it stops, how networks are weighed, and give the scores.
+
+        Parameters
+        ----------
+        adata
+            Counts and coordinates, with the genes of the fit in any order; not changed.
+        effort
+            Training steps at most, as a share of those of a fit; above 0, at most 1.
+        library_key, spatial_key, connectivity_key, layer, missing
+            Where the data are; by default as in the fit.
+
+        Returns
+        -------
+        A new model. This one stays as it is.
+
+        Raises
+        ------
+        ValueError
+            If the model is not fitted, or has a dispersion for each of its fields of view, or genes of the fit are
+            missing from ``adata``; and as for :meth:`fit`.
+        """
+        effort = _checks.check_number("effort", effort, 0.0, 1.0)
+        if effort == 0:
+            raise ValueError("`effort=0` would train nothing; use the model as it is.")
+        if self.settings.dispersion == "gene_fov":
+            raise ValueError(
+                "a model with settings={'dispersion': 'gene_fov'} belongs to its fields of view and cannot be tuned to "
+                "others."
+            )
+        keys = self._keys_for(library_key, spatial_key, connectivity_key, layer, missing)
+        tuned = copy.copy(self)
+        tuned._fit_data(adata, keys, start=Start(self, effort))
+        return tuned
+
     def fit_predict(
         self,
         adata: AnnData,
@@ -341,10 +412,13 @@ class SpaFormer:
             self._spread_cell_scores(loaded.cells, gathered.embedding)
         return gathered, opened
 
-    def _fit_data(self, adata: AnnData, keys: DataKeys, checkpoint: Checkpoint | None = None) -> tuple[Opened, Loaded]:
+    def _fit_data(
+        self, adata: AnnData, keys: DataKeys, checkpoint: Checkpoint | None = None, start: Start | None = None
+    ) -> tuple[Opened, Loaded]:
         device = resolve_device(self.device)
         _checks.check_adata(adata)
-        opened = self._open(adata, keys)
+        opened = self._open(adata, keys, None if start is None else self._columns(adata))
+        names = pd.Index(adata.var_names.astype(str)) if start is None else self.var_names
         _checks.describe_empty(opened.counts)
         loaded = self._take(opened, max(LEAST_FITTED, FITTED_ENTRIES // adata.n_vars))
         self._state_memory(loaded)
@@ -354,8 +428,8 @@ class SpaFormer:
         self.var_names = None
         self.keys = keys
         self.settings = with_missing(self._chosen, loaded.hidden_as)
-        self._fit(loaded, device, checkpoint)
-        self.var_names = pd.Index(adata.var_names.astype(str))
+        self._fit(loaded, device, checkpoint, start)
+        self.var_names = names
         self.gene_scores.index = self.var_names
         return opened, loaded
 
@@ -392,7 +466,7 @@ class SpaFormer:
         dispersed = s.dispersion != "gene" or (s.posterior and (missing or s.masking != ("thinning",)))
         return s.decoder == "poisson" or s.decoder == "gaussian" or (s.decoder == "nb" and not dispersed)
 
-    def _fit(self, loaded: Loaded, device: torch.device, checkpoint: Checkpoint | None) -> None:
+    def _fit(self, loaded: Loaded, device: torch.device, checkpoint: Checkpoint | None, start: Start | None) -> None:
         import torch
 
         from .data._split import gene_shares, hold_out, hold_out_entries, typical_values
@@ -420,7 +494,8 @@ class SpaFormer:
             library = library / np.maximum(~loaded.missing @ self._gene_share, 1e-6)
         self.target_sum = float(np.median(library[library > 0]))
         kept = 1 - VALIDATION_SHARE - TEST_SHARE
-        self._model_sum = self.settings.model_sum or max(1.0, kept * self.target_sum)
+        if start is None:
+            self._model_sum = self.settings.model_sum or max(1.0, kept * self.target_sum)
         self._typical = typical_values(train, missing, self._gene_share, self._model_sum)
         self.graph_summary = loaded.graph_summary
         by_fov = self.settings.dispersion == "gene_fov"
@@ -435,7 +510,7 @@ class SpaFormer:
         else:
             held = HeldCounts(validated, _without(split.validation, held_out), self._shares)
             entries = HeldEntries(validated, split.train, held_out, self._shares, self._model_sum)
-        histories = self._train_networks(data, sampler, held, entries, device, checkpoint)
+        histories = self._train_networks(data, sampler, held, entries, device, checkpoint, start)
         self.history = {
             "network": [float(i) for i, h in enumerate(histories) for _ in h.step],
             **{
@@ -459,6 +534,7 @@ class SpaFormer:
         entries: HeldEntries | None,
         device: torch.device,
         checkpoint: Checkpoint | None,
+        start: Start | None,
     ) -> list[History]:
         """Train the networks; what is held out chooses their form, how long they train, and their weights."""
         from .metrics import mixture_weights
@@ -469,14 +545,14 @@ class SpaFormer:
 
         s = self.settings
         n_networks = s.n_networks
-        candidates = s.forms[:n_networks]
+        candidates = s.forms[:n_networks] if start is None else tuple(self._forms)
         mixing = s.mixing and held.enough
         if entries is not None and not entries.enough:
             entries = None
         validate = held.gain if entries is None else entries.gain
         whole = [tokens for _, tokens in held.fields]
         widest = max(in_form(s, form).dim for form in candidates)
-        components = token_components(whole, widest, s.hops) if s.pca_start else None
+        components = token_components(whole, widest, s.hops) if s.pca_start and start is None else None
         histories: list[History] = []
         parts: list[NDArray[np.float64]] = []
         predicted: list[NDArray[np.float64]] = []
@@ -490,6 +566,9 @@ class SpaFormer:
                 form = candidates[best]
                 training = shortened(in_form(s, form).training, histories[best])
             network = self._new_network(number, form).to(device)
+            if start is not None:
+                training = start.training(training)
+                network.load_state_dict(start.weights(number), strict=False)
             if components is not None:
                 start_from_components(network, components)
             label = "training" if n_networks == 1 else f"training {number + 1}/{n_networks}"

@@ -584,3 +584,45 @@ def test_log_values_are_refused_by_a_fitted_model_too(fitted, tissue):
     for call in (fitted.impute, fitted.embed):
         with pytest.raises(ValueError, match="raw counts are needed"):
             call(sc_log)
+
+
+# --- going on with another slide --------------------------------------------------------------------------------------
+
+
+def test_tuning_gives_a_new_model_that_starts_from_the_old_one(fitted, shared_tissue) -> None:
+    other = sf.datasets.simulated_tissue(2, 60, 30, random_state=5, panel_state=0)[:, ::-1].copy()
+    before = fitted.impute(shared_tissue, output="rate")
+    tuned = fitted.fine_tune(other, effort=0.4)
+    np.testing.assert_array_equal(fitted.impute(shared_tissue, output="rate"), before)
+    assert list(tuned.var_names) == list(fitted.var_names)
+    assert tuned.history["step"][-1] < fitted.history["step"][-1]
+    old, new = (model._networks[0].state_dict() for model in (fitted, tuned))
+    weights = [name for name in old if name.endswith(".weight")]
+    moved = [float((new[name] - old[name]).norm() / old[name].norm().clamp(min=1e-6)) for name in weights]
+    assert 0 < max(moved) < 1
+    assert tuned.impute(other).shape == other.shape
+
+
+def test_tuning_starts_better_than_anew(fitted) -> None:
+    other = sf.datasets.simulated_tissue(2, 60, 30, random_state=5, panel_state=0)
+    arguments = {"library_key": "fov", "quality": "fast", "progress": False}
+    long = sf.SpaFormer(max_epochs=60, **arguments).fit(sf.datasets.simulated_tissue(4, 100, 30, panel_state=0))
+    tuned = long.fine_tune(other, effort=0.05)
+    anew = sf.SpaFormer(max_epochs=3, **arguments).fit(other)
+    assert tuned.history["step"][-1] == anew.history["step"][-1]
+    assert max(tuned.history["validation"]) > max(anew.history["validation"])
+
+
+def test_what_cannot_be_tuned(fitted, shared_tissue) -> None:
+    with pytest.raises(ValueError, match="`effort=0` would train nothing"):
+        fitted.fine_tune(shared_tissue, effort=0)
+    with pytest.raises(ValueError, match="`effort=2"):
+        fitted.fine_tune(shared_tissue, effort=2.0)
+    with pytest.raises(ValueError, match="not fitted"):
+        sf.SpaFormer(progress=False).fine_tune(shared_tissue)
+    with pytest.raises(ValueError, match="lacks 1 of the 30 genes"):
+        fitted.fine_tune(shared_tissue[:, 1:].copy())
+    settings = {"dispersion": "gene_fov"}
+    by_fov = sf.SpaFormer(library_key="fov", quality="fast", max_epochs=1, settings=settings, progress=False)
+    with pytest.raises(ValueError, match="belongs to its fields of view"):
+        by_fov.fit(shared_tissue).fine_tune(shared_tissue)
