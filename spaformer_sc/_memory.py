@@ -25,13 +25,14 @@ def state_memory(
     n_inputs: int,
     n_decoded: int,
     masked: bool,
+    kept: int,
 ) -> int:
-    """Log the memory that a fit will take at its peak, and warn where there is less.
+    """Log the memory that a fit will take at its peak, and refuse to start where there is less.
 
     Parameters
     ----------
     n_cells, n_genes
-        Size of the data.
+        Size of what is fitted.
     n_counts
         Number of non-zero counts.
     largest_fov
@@ -46,10 +47,17 @@ def state_memory(
         Matrices of cells × genes that decoding a FOV takes at once.
     masked
         Whether entries are missing, so that masks of all cells and genes are kept.
+    kept
+        Bytes of the result that stays in memory.
 
     Returns
     -------
     The estimate in bytes.
+
+    Raises
+    ------
+    MemoryError
+        If that is more than what is free.
     """
     dense = 4 * n_cells * n_genes
     views = 2 * min(buffer, dense * (2 + n_inputs)) + 4 * step * n_genes * (2 * n_decoded + n_inputs)
@@ -57,15 +65,15 @@ def state_memory(
     sparse = 8 * 8 * n_counts  # value and column of the counts, their three parts, and the FOVs' share of them
     prediction = 4 * largest_fov * n_genes * (n_decoded + n_inputs)
     # While the fit is scored, predicted rates are there in single and, for one score, in double precision.
-    need = PACKAGES + sparse + masks + dense + max(views, prediction + 2 * dense + JUDGING)
+    fit = dense + max(views, prediction + 2 * dense + JUDGING)
+    need = PACKAGES + sparse + masks + max(fit, kept + prediction)
     free = available_memory()
-    logger.info("memory: about %d MiB at the peak, of which %d MiB for the result", need >> 20, dense >> 20)
+    logger.info("memory: about %d MiB at the peak, of which %d MiB for the result", need >> 20, kept >> 20)
     if free is not None and need > free + PACKAGES:
-        logger.warning(
-            "this takes about %.1f GiB of memory and only %.1f GiB are free: close other programs, or impute a few "
-            "fields of view at a time.",
-            need / 2**30,
-            free / 2**30,
+        raise MemoryError(
+            f"this takes about {need / 2**30:.1f} GiB of memory and only {free / 2**30:.1f} GiB are free: close other "
+            "programs; impute fewer `genes`; or leave counts and result on disk (anndata.read_h5ad(path, backed='r') "
+            "and `output_path=`)."
         )
     return need
 
@@ -99,12 +107,12 @@ def state_disk(folder: Path, n_cells: int, n_genes: int, n_latent: int, n_layers
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that programs can still take, or None where the system does not say."""
+    """Bytes of memory, swap space included, that programs can still take, or None where the system does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+            sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
+        if "MemAvailable" in sizes:
+            return sizes["MemAvailable"] + sizes.get("SwapFree", 0)
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return None

@@ -308,7 +308,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         if isinstance(error, MemoryError) or "out of memory" in str(error):
-            print("spaformer-sc: out of memory; impute a few fields of view at a time.", file=sys.stderr)
+            said = str(error) if isinstance(error, MemoryError) else ""
+            print(
+                f"spaformer-sc: {said or 'out of memory; impute fewer genes, or a part of the cells.'}", file=sys.stderr
+            )
             return 1
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"spaformer-sc: {message}", file=sys.stderr)

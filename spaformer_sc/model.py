@@ -395,8 +395,10 @@ class SpaFormer:
         What has taken the prediction, and the data as they were opened.
         """
         _checks.check_choice("output", output, OUTPUTS)
-        opened, loaded = self._fit_data(adata, self.keys, checkpoint)
-        gathered = gather(adata.n_obs, adata.n_vars if columns is None else len(columns), self.settings.n_latent)
+        n_genes = adata.n_vars if columns is None else len(columns)
+        kept = 4 * adata.n_obs * n_genes if gather is InMemory else 0
+        opened, loaded = self._fit_data(adata, self.keys, checkpoint, kept=kept)
+        gathered = gather(adata.n_obs, n_genes, self.settings.n_latent)
         self._predict(
             self._all_fields(opened) if loaded.cells is not None else loaded.fields,
             opened.read,
@@ -413,7 +415,12 @@ class SpaFormer:
         return gathered, opened
 
     def _fit_data(
-        self, adata: AnnData, keys: DataKeys, checkpoint: Checkpoint | None = None, start: Start | None = None
+        self,
+        adata: AnnData,
+        keys: DataKeys,
+        checkpoint: Checkpoint | None = None,
+        start: Start | None = None,
+        kept: int = 0,
     ) -> tuple[Opened, Loaded]:
         device = resolve_device(self.device)
         _checks.check_adata(adata)
@@ -421,7 +428,7 @@ class SpaFormer:
         names = pd.Index(adata.var_names.astype(str)) if start is None else self.var_names
         _checks.describe_empty(opened.counts)
         loaded = self._take(opened, max(LEAST_FITTED, FITTED_ENTRIES // adata.n_vars))
-        self._state_memory(loaded)
+        self._state_memory(loaded, kept)
         if checkpoint is not None:
             checkpoint.begin({"version": __version__, "data": opened.digest(adata.var_names)})
         # From here on the earlier fit is gone: were this one interrupted, the model would be unfitted, not half fitted.
@@ -443,7 +450,7 @@ class SpaFormer:
         spread.iloc[cells] = self.cell_scores.to_numpy()
         self.cell_scores = spread.astype(self.cell_scores.dtypes)
 
-    def _state_memory(self, loaded: Loaded) -> None:
+    def _state_memory(self, loaded: Loaded, kept: int) -> None:
         from .training.sequences import BUFFER_BYTES
 
         n_cells, n_genes = loaded.counts.shape
@@ -458,6 +465,7 @@ class SpaFormer:
             n_inputs=1 + self.settings.hops,
             n_decoded=10 if self._decodes_little(loaded.missing is not None) else 14,
             masked=loaded.missing is not None,
+            kept=kept,
         )
 
     def _decodes_little(self, missing: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import warnings
@@ -876,3 +877,19 @@ def test_one_line_is_logged_for_each_field(tissue, caplog):
     for place in SLOTS:
         slot, key = place.split("/")
         assert sum(f"'{key}'" in line and f"adata.{slot}" in line for line in lines) == 1
+
+
+def test_too_little_memory_is_said_before_training(tissue, monkeypatch, no_training):
+    before = contents(tissue)
+    monkeypatch.setattr("spaformer_sc._memory.available_memory", lambda: -(10**9))
+    with pytest.raises(MemoryError, match=r"takes about .* GiB of memory.*backed='r'"):
+        impute(tissue)
+    assert contents(tissue) == before
+
+
+def test_memory_is_stated_with_the_result(tissue, caplog):
+    caplog.set_level(logging.INFO)
+    impute(tissue, genes=["EPCAM", "VIM"])
+    (stated,) = (record for record in caplog.records if record.msg.startswith("memory:"))
+    assert stated.args[0] > 900
+    assert "of which 0 MiB for the result" in stated.getMessage()
