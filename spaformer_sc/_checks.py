@@ -6,6 +6,7 @@ The functions here run before any work is done. None changes what it is given: a
 from __future__ import annotations
 
 import difflib
+import hashlib
 import numbers
 import sys
 import warnings
@@ -21,7 +22,7 @@ from scipy import sparse
 
 from spaformer_sc._keys import Keys
 from spaformer_sc._logging import logger
-from spaformer_sc.data._counts import Counts, in_memory, sums
+from spaformer_sc.data._counts import Counts, add_to, in_memory, sums
 
 #: Share of fractional values from which a matrix counts as fractional throughout.
 _FRACTIONAL_THROUGHOUT = 0.99
@@ -274,6 +275,7 @@ def scan_counts(
     n_cells, n_genes = adata.shape
     per_cell, per_gene = np.zeros(n_cells), np.zeros(n_genes)
     doubtful, n_fractional, n_counted = None, 0, 0
+    checksum = hashlib.sha256()
     step = max(1, _SCANNED // n_genes)
     for start in range(0, n_cells, step):
         rows = slice(start, min(start + step, n_cells))
@@ -282,6 +284,7 @@ def scan_counts(
         per_cell[rows], of_genes = sums(block)
         per_gene += of_genes
         n_counted += block.nnz
+        add_to(checksum, block)
         if not is_whole(block):
             doubtful = block if doubtful is None else doubtful
             n_fractional += int(_fractional(block.data).sum())
@@ -289,7 +292,7 @@ def scan_counts(
         raise ValueError(f"`{name}` has no counts: every entry is zero. {_where_counts_are(adata, layer)}")
     if doubtful is not None:
         _check_fractions(adata, layer, doubtful, n_fractional / n_counted, transformed)
-    return Counts((n_cells, n_genes), per_cell, per_gene, doubtful is not None, read)
+    return Counts((n_cells, n_genes), per_cell, per_gene, doubtful is not None, checksum.hexdigest, read)
 
 
 def lies_outside_memory(adata: AnnData, layer: str | None) -> bool:

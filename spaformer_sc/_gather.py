@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,9 +137,15 @@ class OnDisk:
         path = self._file(number)
         if not path.exists():
             return False
-        with np.load(path) as kept:
-            led_back = tuple(kept[f"led_back_{i}"] for i in range(4)) if "led_back_0" in kept else None
-            self._note(kept["cells"], kept["weight"], led_back)
+        try:
+            with open(path, "rb") as file, np.load(file) as kept:
+                cells, weight = kept["cells"], kept["weight"]
+                led_back = tuple(kept[f"led_back_{i}"] for i in range(4)) if "led_back_0" in kept else None
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return False
+        if self._rows.stat().st_size < 4 * self._width * (self._end + len(cells)):
+            return False
+        self._note(cells, weight, led_back)
         return True
 
     def add(self, number: int, cells: NDArray[np.int64], weight: NDArray[np.float32], block: Block) -> None:
@@ -151,8 +158,11 @@ class OnDisk:
         kept: dict[str, Any] = {"cells": cells, "weight": weight}
         if block.led_back is not None:
             kept |= {f"led_back_{i}": part for i, part in enumerate(block.led_back)}
-        fresh = self._file(number).with_suffix(".fresh.npz")
-        np.savez(fresh, **kept)
+        fresh = self._file(number).with_suffix(".fresh")
+        with open(fresh, "wb") as file:
+            np.savez(file, **kept)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(fresh, self._file(number))
         self._note(cells, weight, block.led_back)
 
@@ -170,19 +180,25 @@ class OnDisk:
     def dispersion(self, target_sum: float) -> NDArray[np.float64] | None:
         return _dispersion(self._led_back, target_sum) if self._led_back else None
 
-    @property
-    def embedding(self) -> NDArray[np.float32]:
-        return np.concatenate([part for _, part in self._columns(slice(self.n_genes, self._width - 1))])
-
-    @property
-    def depth(self) -> NDArray[np.float32]:
-        return np.concatenate([part.ravel() for _, part in self._columns(slice(self._width - 1, self._width))])
-
-    def _columns(self, columns: slice) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    @cached_property
+    def _kept(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Latent and depth of all cells, read in one pass; once all FOVs are there."""
+        latent = np.empty((self.n_cells, self._width - self.n_genes - 1), dtype=np.float32)
+        depth = np.empty(self.n_cells, dtype=np.float32)
         step = max(1, BLOCK_BYTES // (4 * self._width))
         for start in range(0, self.n_cells, step):
             rows = slice(start, min(start + step, self.n_cells))
-            yield rows, self.blend(rows)[:, columns]
+            block = self.blend(rows)
+            latent[rows], depth[rows] = block[:, self.n_genes : -1], block[:, -1]
+        return latent, depth
+
+    @property
+    def embedding(self) -> NDArray[np.float32]:
+        return self._kept[0]
+
+    @property
+    def depth(self) -> NDArray[np.float32]:
+        return self._kept[1]
 
     def blend(self, rows: slice) -> NDArray[np.float32]:
         """Blend the predictions of cells that lie together: expression, latent and depth (cells, columns)."""

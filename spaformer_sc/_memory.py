@@ -70,40 +70,49 @@ def state_memory(
     free = available_memory()
     logger.info("memory: about %d MiB at the peak, of which %d MiB for the result", need >> 20, kept >> 20)
     if free is not None and need > free + PACKAGES:
+        way_out = " or leave counts and result on disk (anndata.read_h5ad(path, backed='r') and `output_path=`)"
         raise MemoryError(
             f"this takes about {need / 2**30:.1f} GiB of memory and only {free / 2**30:.1f} GiB are free: close other "
-            "programs; impute fewer `genes`; or leave counts and result on disk (anndata.read_h5ad(path, backed='r') "
-            "and `output_path=`)."
+            f"programs, take a smaller `tile_size`,{way_out if kept else ' or fewer cells'}."
         )
     return need
 
 
-def state_disk(folder: Path, n_cells: int, n_genes: int, n_latent: int, n_layers: int) -> None:
+def state_disk(folder: Path, *, result: int, until_whole: int, there: int) -> None:
     """Log the space that a result takes that is written FOV by FOV, and refuse to start where there is less.
 
     Parameters
     ----------
     folder
         Where it is written.
-    n_cells, n_genes, n_latent
-        Size of the result.
-    n_layers
-        Layers of cells × genes in it.
+    result
+        Bytes of the output.
+    until_whole
+        Bytes that the predictions take until the output is there.
+    there
+        Bytes that an unfinished run has taken already.
 
     Raises
     ------
     OSError
         If the space is not there.
     """
-    result = 4 * n_cells * n_genes * n_layers
-    scratch = round(1.5 * 4 * n_cells * (n_genes + n_latent))  # tiles overlap
-    free = shutil.disk_usage(folder).free
-    logger.info("disk: %d MiB for the result, and %d MiB until it is whole", result >> 20, scratch >> 20)
-    if result + scratch > free:
+    free = shutil.disk_usage(folder).free + there
+    logger.info("disk: about %d MiB for the output, and %d MiB until it is whole", result >> 20, until_whole >> 20)
+    if result + until_whole > free:
         raise OSError(
-            f"{folder} has {free / 2**30:.1f} GiB of free space, and {(result + scratch) / 2**30:.1f} GiB are needed: "
-            "give `output_path` on another disk, or fewer `genes`."
+            f"{folder} has {free / 2**30:.1f} GiB of free space, and about {(result + until_whole) / 2**30:.1f} GiB "
+            "are needed: give an `output_path` on another disk."
         )
+
+
+def size_on_disk(path: str | os.PathLike[str] | None) -> int:
+    """Bytes of a file or folder; 0 for none."""
+    if path is None:
+        return 0
+    place = Path(path)
+    files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def available_memory() -> int | None:

@@ -199,8 +199,9 @@ def write_streamed(
     with replacing(path) as fresh, dask.config.set(scheduler="synchronous"):
         _write_whole(shell, fresh)
         with _open_store(fresh) as store:
-            if "X" in store:
-                del store["X"]
+            for name in ("X", "raw"):  # written as nothing
+                if name in store:
+                    del store[name]
             _copy_counts(adata, store)
             for name, deviations in zip(names, (False, True), strict=False):
                 parts = [
@@ -246,15 +247,21 @@ def _copy_counts(adata: AnnData, store: Any) -> None:
             write_elem(store, "raw", adata.raw)
         return
     source = adata.file._file
-    for name in ("X", "raw"):
-        if name not in source:
-            continue
+    if "X" in source:
         if isinstance(store, h5py.File):
-            source.copy(source[name], store, name)
-        elif name == "X":
-            write_elem(store, name, read_elem_lazy(source[name]))
-        elif adata.raw is not None:
-            write_elem(store, name, adata.raw)
+            source.copy(source["X"], store, "X")
+        else:
+            write_elem(store, "X", read_elem_lazy(source["X"]))
+    if adata.raw is None:
+        return
+    if isinstance(store, h5py.File):
+        source.copy(source["raw"], store, "raw")
+    else:
+        raw = store.create_group("raw")
+        raw.attrs.update({"encoding-type": "raw", "encoding-version": "0.1.0"})
+        write_elem(raw, "X", read_elem_lazy(source["raw/X"]))
+        write_elem(raw, "var", adata.raw.var)
+        write_elem(raw, "varm", dict(adata.raw.varm))
 
 
 def write_atomically(adata: AnnData, path: str | os.PathLike[str]) -> None:

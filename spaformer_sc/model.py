@@ -89,9 +89,13 @@ class Opened:
 
     def digest(self, genes: Iterable[object]) -> str:
         """Checksum that tells these data from others."""
-        found = hashlib.sha256("\n".join(map(str, genes)).encode())
-        parts = (self.counts.per_cell, self.counts.per_gene, self.layout.coordinates, self.layout.codes)
-        for part in (*parts, *(() if self.missing is None else (np.packbits(self.missing),))):
+        found = hashlib.sha256("\n".join([self.counts.checksum(), *map(str, genes)]).encode())
+        parts: list[NDArray[Any]] = [self.layout.coordinates, self.layout.codes]
+        if self.missing is not None:
+            parts.append(np.packbits(self.missing))
+        if (graph := self.layout.given) is not None:
+            parts += [graph.indptr, graph.indices, graph.data]
+        for part in parts:
             found.update(np.ascontiguousarray(part).data)
         return found.hexdigest()
 
@@ -296,7 +300,8 @@ class SpaFormer:
 
         A twentieth of all transcripts is held out to decide when to stop (in large data, that of some FOVs drawn at
         random), and another twentieth to score the result. Where entries are missing, a twentieth of the others is
-        hidden too, and decides when to stop. An earlier fit of the same object is forgotten.
+        hidden too, and decides when to stop. Data of more than about 100 million entries (cells times genes) are fitted
+        to some of their fields of view, drawn at random. An earlier fit of the same object is forgotten.
 
         Parameters
         ----------
@@ -374,6 +379,7 @@ class SpaFormer:
         columns: NDArray[np.int64] | None,
         gather: Callable[[int, int, int], GatheredT],
         checkpoint: Checkpoint | None = None,
+        kept: int = 0,
     ) -> tuple[GatheredT, Opened]:
         """Fit, then impute and embed the same cells; graphs are built once where all cells take part in the fit.
 
@@ -389,6 +395,8 @@ class SpaFormer:
             Makes, from the numbers of cells, of genes and of latent dimensions, what takes the prediction.
         checkpoint
             Where the state of the fit is kept, to go on from after an interruption; None for nowhere.
+        kept
+            Bytes that the result will take in memory, for the estimate.
 
         Returns
         -------
@@ -396,7 +404,6 @@ class SpaFormer:
         """
         _checks.check_choice("output", output, OUTPUTS)
         n_genes = adata.n_vars if columns is None else len(columns)
-        kept = 4 * adata.n_obs * n_genes if gather is InMemory else 0
         opened, loaded = self._fit_data(adata, self.keys, checkpoint, kept=kept)
         gathered = gather(adata.n_obs, n_genes, self.settings.n_latent)
         self._predict(
@@ -430,10 +437,12 @@ class SpaFormer:
         loaded = self._take(opened, max(LEAST_FITTED, FITTED_ENTRIES // adata.n_vars))
         self._state_memory(loaded, kept)
         if checkpoint is not None:
-            checkpoint.begin({"version": __version__, "data": opened.digest(adata.var_names)})
+            data = opened.digest(adata.var_names)
+            checkpoint.begin({"version": __version__, "data": data, "device": device.type})
         # From here on the earlier fit is gone: were this one interrupted, the model would be unfitted, not half fitted.
         self.var_names = None
         self.keys = keys
+        self.fractional = opened.counts.fractional
         self.settings = with_missing(self._chosen, loaded.hidden_as)
         self._fit(loaded, device, checkpoint, start)
         self.var_names = names
@@ -444,9 +453,8 @@ class SpaFormer:
         """Give all cells the scores of the cells of the fit that they are most like."""
         from .training.reliability import closest
 
-        kinds = closest(embedding, self._kinds)
         by_kind = self.cell_scores.groupby(self._kind_of_cell).first()
-        spread = by_kind.reindex(kinds).reset_index(drop=True)
+        spread = by_kind.iloc[closest(embedding, self._kinds[by_kind.index])].reset_index(drop=True)
         spread.iloc[cells] = self.cell_scores.to_numpy()
         self.cell_scores = spread.astype(self.cell_scores.dtypes)
 
@@ -482,7 +490,6 @@ class SpaFormer:
         from .training.posterior import fit_shape_where_missing
         from .training.sequences import sequences
 
-        self.fractional = not _checks.is_whole(loaded.counts)
         counts = self._integer_counts(loaded.counts)
         split = hold_out(
             counts,
@@ -549,7 +556,7 @@ class SpaFormer:
         from .training.mixing import mix_in_own_counts
         from .training.progress import ProgressBar
         from .training.start import start_from_components, token_components
-        from .training.trainer import STATE, History, shortened, train
+        from .training.trainer import History, shortened, train
 
         s = self.settings
         n_networks = s.n_networks
@@ -580,10 +587,10 @@ class SpaFormer:
             if components is not None:
                 start_from_components(network, components)
             label = "training" if n_networks == 1 else f"training {number + 1}/{n_networks}"
-            state = None if checkpoint is None else checkpoint.load(f"network_{number}")
-            if state is not None:
-                network.load_state_dict(state["weights"])
-                trained, history = network.eval(), History(**state["history"])
+            kept = None if checkpoint is None else checkpoint.load(f"network_{number}")
+            if kept is not None:
+                network.load_state_dict(kept["weights"])
+                trained, history = network.eval(), History(**kept["history"])
             else:
                 with ProgressBar(label, self.progress) as bar:
                     trained, history = train(
@@ -595,10 +602,11 @@ class SpaFormer:
                         seed=derived_seed(self.random_state, f"training {number}"),
                         progress=bar.update,
                         checkpoint=checkpoint,
+                        state=f"training_{number}",
                     )
                 if checkpoint is not None:
                     checkpoint.save(f"network_{number}", {"weights": trained.state_dict(), "history": vars(history)})
-                    checkpoint.drop(STATE)
+                    checkpoint.drop(f"training_{number}")
             if mixing:
                 parts.append(mix_in_own_counts(trained, held))
             if s.mixing and entries is not None:
@@ -830,7 +838,8 @@ class SpaFormer:
                 if not gathered.has(number):
                     n_some = 0
                     if back:
-                        n_some = max(-(-LED_BACK * len(inside) // gathered.n_cells), LEAST_LED_BACK)
+                        n_some = -(-LED_BACK * len(inside) // gathered.n_cells)
+                        n_some = max(n_some, LEAST_LED_BACK) if n_some > 1 else n_some  # few of each of very many
                     rng = np.random.default_rng(derived_seed(self.random_state, f"cells to lead back from {number}"))
                     some = np.sort(rng.choice(len(inside), min(len(inside), n_some), replace=False))
                     sequence = read(field)
@@ -984,10 +993,6 @@ class SpaFormer:
             matrix = None if matrix is None else matrix[:, columns].tocsr()
         if matrix is not None:
             matrix = matrix if missing is None else _without(matrix, missing)
-            if matrix.nnz == 0 and missing is not None:
-                raise ValueError(
-                    f"`missing={keys.missing!r}` marks every entry that has counts; nothing is left to fit."
-                )
         given = None
         if keys.connectivity_key is not None:
             given = given_graph(_checks.check_connectivities(adata, keys.connectivity_key), codes)
@@ -1009,20 +1014,23 @@ class SpaFormer:
 
     def _take(self, opened: Opened, most: int | None = None) -> Loaded:
         """Take cells into memory with their FOVs: all, or some FOVs and tiles drawn at random with ``most`` cells."""
-        from .data._fields import fields_of_view, on_their_own, some_images, some_tiles
+        from .data._fields import fields_of_view, on_their_own, some_images
+        from .data._tiling import is_tiled
 
         layout = opened.layout
         n_cells = len(layout.codes)
-        chosen: NDArray[np.int64] | None = None
         cells: NDArray[np.int64] | None = None
-        rng = np.random.default_rng(derived_seed(self.random_state, "cells of the fit"))
-        if most is not None:
-            chosen = some_images(np.bincount(layout.codes), most, rng)
-        fields, summary = fields_of_view(layout, chosen)
-        all_of_it = chosen is None
-        if most is not None and sum(int(field.own.sum()) for field in fields) > 1.5 * most:
-            fields, all_of_it = some_tiles(fields, most, rng), False
-        if not all_of_it:
+        if most is None or n_cells <= most:
+            fields, summary = fields_of_view(layout)
+        else:
+            rng = np.random.default_rng(derived_seed(self.random_state, "cells of the fit"))
+            sizes = np.bincount(layout.codes)
+            tiled = is_tiled(sizes, self.tile_size)
+            measured = None
+            if opened.missing is not None:
+                measured = np.stack([~opened.missing[layout.codes == code].all(axis=0) for code in range(len(sizes))])
+            chosen = some_images(sizes, most, tiled, measured, rng)
+            fields, summary = fields_of_view(layout, chosen, most / n_cells, rng)
             fields, cells = on_their_own(fields)
             logger.info("the model is fitted to %d of %d cells, %d fields of view", len(cells), n_cells, len(fields))
         self._warn_of_components(summary)
@@ -1031,6 +1039,8 @@ class SpaFormer:
         missing = None if opened.missing is None else opened.missing if cells is None else opened.missing[cells]
         if missing is not None:
             counts = _without(counts, missing)
+            if counts.nnz == 0:
+                raise ValueError("`missing` marks every entry that has counts; nothing is left to fit.")
         images = layout.codes if cells is None else np.unique(layout.codes[cells], return_inverse=True)[1]
         return Loaded(counts, fields, missing, images, summary, cells)
 

@@ -18,7 +18,7 @@ import scipy.sparse as sp
 import spaformer_sc as sf
 from spaformer_sc import _checks, _gather, _write, model
 from spaformer_sc._gather import Block, InMemory, OnDisk
-from spaformer_sc.data._fields import on_their_own, some_images, some_tiles
+from spaformer_sc.data._fields import fields_of_view, on_their_own, some_images
 from spaformer_sc.training import checkpoint, trainer
 from tests.conftest import contents, plain, sha256
 
@@ -194,22 +194,31 @@ def test_large_data_are_fitted_to_some_of_their_cells(path, monkeypatch, caplog,
 
 
 def test_fields_are_drawn_until_they_hold_enough_cells() -> None:
-    sizes = np.array([10, 20, 30, 40])
-    assert some_images(sizes, 100, np.random.default_rng(0)) is None
+    sizes, tiled = np.array([10, 20, 30, 40]), np.zeros(4, dtype=bool)
     for seed in range(20):
-        chosen = some_images(sizes, 45, np.random.default_rng(seed))
+        chosen = some_images(sizes, 45, tiled, None, np.random.default_rng(seed))
         assert (np.diff(chosen) > 0).all()
         assert sizes[chosen].sum() >= 45
         assert min(sizes[chosen].sum() - sizes[c] for c in chosen) < 45
+    tiled[2] = True
+    assert all(2 in some_images(sizes, 1, tiled, None, np.random.default_rng(seed)) for seed in range(9))
+
+
+def test_every_gene_is_measured_in_a_field_that_is_drawn() -> None:
+    measured = np.array([[True, False, False], [True, False, False], [False, True, False], [True, False, False]])
+    for seed in range(20):
+        chosen = some_images(np.full(4, 10), 1, np.zeros(4, dtype=bool), measured, np.random.default_rng(seed))
+        np.testing.assert_array_equal(measured[chosen].any(axis=0), [True, True, False])
 
 
 def test_tiles_on_their_own_are_a_data_set(shared_tissue) -> None:
     whole = sf.SpaFormer(tile_size=50, progress=False)
-    opened = whole._open(shared_tissue, whole.keys)
-    tiles = [field for fields, _ in opened.layout.fields() for field in fields]
+    layout = whole._open(shared_tissue, whole.keys).layout
+    tiles, _ = fields_of_view(layout)
     assert len(tiles) >= 3
-    chosen = some_tiles(tiles, 60, np.random.default_rng(0))
+    chosen, summary = fields_of_view(layout, None, 0.3, np.random.default_rng(0))
     assert 1 <= len(chosen) < len(tiles)
+    assert summary["n_tiles"] == len(chosen)
     fields, cells = on_their_own(chosen)
     weight, owned = np.zeros(len(cells)), np.zeros(len(cells))
     for field, old in zip(fields, chosen, strict=True):
@@ -257,6 +266,7 @@ POINTS = [
     ("spaformer_sc.training.trainer.batch_loss", 8),
     ("spaformer_sc.training.trainer.batch_loss", 11),
     ("spaformer_sc.training.checkpoint.torch.save", 4),
+    ("spaformer_sc.training.checkpoint.Checkpoint.drop", 1),
     ("spaformer_sc.training.scoring.held_out_scores", 1),
     ("spaformer_sc._gather.OnDisk.add", 1),
     ("spaformer_sc._gather.OnDisk.add", 3),
@@ -392,10 +402,88 @@ def test_other_data_do_not_go_on_with_a_run(tissue, path, monkeypatch):
         backed(path, resume=True)
 
 
+def test_another_graph_does_not_go_on_with_a_run(path, monkeypatch):
+    adata = ad.read_h5ad(path)
+    graph = sp.random(adata.n_obs, adata.n_obs, 0.05, "csr", random_state=0)
+    adata.obsp["mine"] = ((graph + graph.T) != 0).astype(np.float32)
+    adata.write_h5ad(path)
+    monkeypatch.setitem(QUICK, "connectivity_key", "mine")
+    stopped(path, monkeypatch)
+    adata.obsp["mine"] = (adata.obsp["mine"] @ adata.obsp["mine"] != 0).astype(np.float32)
+    adata.write_h5ad(path)
+    with pytest.raises(ValueError, match="holds a run that differs in data;"):
+        backed(path, resume=True)
+
+
+def test_counts_with_the_same_sums_are_other_data(path, monkeypatch):
+    stopped(path, monkeypatch)
+    adata = ad.read_h5ad(path)
+    counts = adata.X.toarray()
+    counts[:2, :2] += np.array([[1, 0], [0, 1]])
+    adata.X = sp.csr_matrix(counts)
+    adata.write_h5ad(path)
+    with pytest.raises(ValueError, match="holds a run that differs in data;"):
+        backed(path, resume=True)
+    shutil.rmtree(path.with_name("out.h5ad.partial"))
+    stopped(path, monkeypatch)
+    counts[:2, :2] += np.array([[-1, 1], [1, -1]])
+    adata.X = sp.csr_matrix(counts)
+    adata.write_h5ad(path)
+    with pytest.raises(ValueError, match="holds a run that differs in data;"):
+        backed(path, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["rows", "field"])
+def test_a_lost_part_of_the_result_is_computed_again(path, monkeypatch, damage):
+    expected = backed(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(_write, "_copy_counts", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            backed(path)
+    rows = path.with_name("out.h5ad.partial") / "rows"
+    if damage == "rows":
+        (rows / "rows.float32").write_bytes((rows / "rows.float32").read_bytes()[:30_000])
+    else:
+        (rows / "000001.npz").write_bytes((rows / "000001.npz").read_bytes()[:200])
+    same(backed(path, resume=True), expected)
+
+
+def test_a_path_with_a_slash_at_its_end(path):
+    adata = ad.read_h5ad(path, backed="r")
+    sf.tl.impute(adata, output_path=f"{path.with_name('out.zarr')}/", **QUICK)
+    adata.file.close()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["in.h5ad", "out.zarr"]
+
+
+@pytest.mark.parametrize("form", ["h5ad", "zarr"])
+def test_raw_is_that_of_the_object(path, form):
+    for change in ("deleted", "kept"):
+        adata, out = ad.read_h5ad(path, backed="r"), path.with_name(f"out.{form}")
+        if change == "deleted":
+            del adata.raw
+        sf.tl.impute(adata, output_path=out, **QUICK)
+        adata.file.close()
+        raw = (ad.read_h5ad if form == "h5ad" else ad.read_zarr)(out).raw
+        assert (raw is None) == (change == "deleted")
+        if change == "kept":
+            assert (raw.X != ad.read_h5ad(path).raw.X).sum() == 0
+            assert list(raw.var_names) == list(adata.var_names)
+
+
+def test_a_copy_of_backed_counts_with_standard_deviations(path):
+    adata = ad.read_h5ad(path, backed="r")
+    copied = sf.tl.impute(adata, copy=True, sd=True, zeros="keep", **QUICK)
+    expected = sf.tl.impute(ad.read_h5ad(path), copy=True, sd=True, zeros="keep", **QUICK)
+    np.testing.assert_array_equal(copied.layers["spaformer_sd"], expected.layers["spaformer_sd"])
+    assert adata.shape == copied.shape
+    adata.file.close()
+
+
 def test_a_folder_of_another_kind_is_left_alone(path, no_training):
     folder = path.with_name("out.h5ad.partial")
     folder.mkdir()
     (folder / "thesis.txt").write_text("the only copy")
+    (folder / "run.json").write_text('{"speed": "10 km/h"}')
     with pytest.raises(ValueError, match="is in the way"):
         backed(path)
     assert (folder / "thesis.txt").read_text() == "the only copy"

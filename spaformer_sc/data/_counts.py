@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ class Counts:
         Sum of the counts of each cell (cells,) and of each gene (genes,).
     fractional
         Whether some counts have fractions.
+    checksum
+        Gives a checksum of all counts.
     read
         Gives rows, by an increasing array of their numbers, as canonical CSR float32 without explicit zeros.
     """
@@ -30,6 +33,7 @@ class Counts:
     per_cell: NDArray[np.float64]
     per_gene: NDArray[np.float64]
     fractional: bool
+    checksum: Callable[[], str]
     read: Callable[[NDArray[np.int64]], sp.csr_matrix]
 
     def rows(self, cells: NDArray[np.int64]) -> sp.csr_matrix:
@@ -46,7 +50,12 @@ class Counts:
         """Counts of some genes, in the order asked for. Sums per cell stay those over all genes."""
         n_cells, read = self.shape[0], self.read
         return Counts(
-            (n_cells, len(genes)), self.per_cell, self.per_gene[genes], self.fractional, lambda c: read(c)[:, genes]
+            (n_cells, len(genes)),
+            self.per_cell,
+            self.per_gene[genes],
+            self.fractional,
+            self.checksum,
+            lambda cells: read(cells)[:, genes],
         )
 
 
@@ -56,11 +65,19 @@ def sums(counts: sp.csr_matrix) -> tuple[NDArray[np.float64], NDArray[np.float64
     return per_cell, per_gene
 
 
+def add_to(checksum: hashlib._Hash, counts: sp.csr_matrix) -> hashlib._Hash:
+    """Add counts to a checksum; in blocks of the same size the same counts give the same."""
+    for part in (np.diff(counts.indptr), counts.indices, counts.data):
+        checksum.update(np.ascontiguousarray(part).data)
+    return checksum
+
+
 def in_memory(counts: sp.csr_matrix, fractional: bool) -> Counts:
     """Counts that lie in memory (cells, genes)."""
     return Counts(
         counts.shape,
         *sums(counts),
         fractional,
+        lambda: add_to(hashlib.sha256(), counts).hexdigest(),
         lambda cells: counts if len(cells) == counts.shape[0] else counts[cells],
     )

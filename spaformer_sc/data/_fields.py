@@ -195,55 +195,86 @@ class Layout:
 
 
 def fields_of_view(
-    layout: Layout, codes: Iterable[int] | None = None
+    layout: Layout, codes: Iterable[int] | None = None, share: float = 1.0, rng: np.random.Generator | None = None
 ) -> tuple[list[FieldOfView], dict[str, int | float]]:
-    """Build all FOVs of a layout, or those of some numbers.
+    """Build all FOVs of a layout, or those of some numbers, or of each that is cut into tiles a share of these.
+
+    Parameters
+    ----------
+    layout
+        The layout.
+    codes
+        Numbers of the FOVs to build; all by default.
+    share
+        Share of the cells of a tiled FOV to keep, about; at least one tile of each.
+    rng
+        Draws the tiles where the share is below 1.
 
     Returns
     -------
     The fields of view, and a summary of the graphs (numbers).
     """
-    built = list(layout.fields(codes))
-    fields = [field for parts, _ in built for field in parts]
-    facts = [facts for _, facts in built]
+    fields: list[FieldOfView] = []
+    every: list[dict[str, float]] = []
+    for parts, facts in layout.fields(codes):
+        if rng is not None and share < 1 and len(parts) > 1:
+            parts = _some_tiles(parts, share * sum(int(part.own.sum()) for part in parts), rng)
+        fields += parts
+        every.append(facts)
     summary = {
-        "n_fovs": len(built),
+        "n_fovs": len(every),
         "n_tiles": len(fields),
-        "n_edges": int(sum(fact["n_edges"] for fact in facts)),
-        "n_components": int(sum(fact["n_components"] for fact in facts)),
-        "typical_distance": float(np.median([fact["typical_distance"] for fact in facts])),
+        "n_edges": int(sum(facts["n_edges"] for facts in every)),
+        "n_components": int(sum(facts["n_components"] for facts in every)),
+        "typical_distance": float(np.median([facts["typical_distance"] for facts in every])),
     }
     return fields, summary
 
 
-def some_images(sizes: NDArray[np.int64], most: int, rng: np.random.Generator) -> NDArray[np.int64] | None:
-    """Draw FOVs at random until they hold enough cells.
+def _some_tiles(fields: Sequence[FieldOfView], most: float, rng: np.random.Generator) -> list[FieldOfView]:
+    """Draw tiles at random until they hold enough cells, with their margins; in order."""
+    order = rng.permutation(len(fields))
+    enough = int(np.searchsorted(np.cumsum([fields[i].n_cells for i in order]), most)) + 1
+    return [fields[i] for i in np.sort(order[:enough])]
+
+
+def some_images(
+    sizes: NDArray[np.int64],
+    most: float,
+    tiled: NDArray[np.bool_],
+    measured: NDArray[np.bool_] | None,
+    rng: np.random.Generator,
+) -> NDArray[np.int64]:
+    """Draw FOVs at random: all that are cut into tiles, and others until they hold their share of the cells.
 
     Parameters
     ----------
     sizes
         Number of cells of each FOV (FOVs,).
     most
-        Number of cells that is enough.
+        Number of cells that is enough, of all FOVs together.
+    tiled
+        Which FOVs are cut into tiles (FOVs,).
+    measured
+        Which genes were measured in some cell of which FOV (FOVs, genes): every gene that was measured anywhere is
+        measured in a FOV that is drawn; None for all.
     rng
         Source of randomness.
 
     Returns
     -------
-    Numbers of the FOVs, increasing; None for all of them.
+    Numbers of the FOVs, increasing.
     """
-    if sizes.sum() <= most:
-        return None
-    order = rng.permutation(len(sizes))
-    enough = int(np.searchsorted(sizes[order].cumsum(), most)) + 1
-    return None if enough >= len(sizes) else np.sort(order[:enough])
-
-
-def some_tiles(fields: Sequence[FieldOfView], most: int, rng: np.random.Generator) -> list[FieldOfView]:
-    """Draw tiles at random until they hold enough cells, with their margins; in order."""
-    order = rng.permutation(len(fields))
-    enough = int(np.searchsorted(np.cumsum([fields[i].n_cells for i in order]), most)) + 1
-    return [fields[i] for i in np.sort(order[:enough])]
+    order = rng.permutation(np.flatnonzero(~tiled))
+    enough = int(np.searchsorted(sizes[order].cumsum(), most * sizes[order].sum() / sizes.sum())) + 1
+    chosen = [*np.flatnonzero(tiled), *order[:enough]]
+    if measured is not None:
+        covered = measured[chosen].any(axis=0)
+        for image in order[enough:]:
+            if (measured[image] & ~covered).any():
+                chosen.append(image)
+                covered |= measured[image]
+    return np.sort(np.asarray(chosen, dtype=np.int64))
 
 
 def on_their_own(fields: Sequence[FieldOfView]) -> tuple[list[FieldOfView], NDArray[np.int64]]:

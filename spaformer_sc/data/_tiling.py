@@ -96,11 +96,16 @@ def tile(coordinates: npt.NDArray[Any], *, tile_size: int = 4000, margin: float)
         divide(core[~below], context[upper], (weight * (1 - share))[upper])
 
     everyone = np.arange(len(points), dtype=np.int64)
-    if 0 < everyone.size <= 1.5 * tile_size:
+    if everyone.size and not is_tiled(everyone.size, tile_size):
         return [Tile(everyone, everyone.copy(), np.ones(everyone.size, dtype=np.float32))]
     if everyone.size:
         divide(everyone, everyone, np.ones(everyone.size))
     return tiles
+
+
+def is_tiled(n_cells: Any, tile_size: int) -> Any:
+    """Whether so many cells (one number or an array) are more than one tile."""
+    return n_cells > 1.5 * tile_size
 
 
 def _find_cut(points: npt.NDArray[np.float64], tile_size: int) -> tuple[int, float, float] | None:

@@ -18,7 +18,7 @@ from spaformer_sc._config import OUTPUTS, ZEROS
 from spaformer_sc._gather import InMemory, OnDisk
 from spaformer_sc._keys import Keys
 from spaformer_sc._logging import logger
-from spaformer_sc._memory import state_disk
+from spaformer_sc._memory import size_on_disk, state_disk
 from spaformer_sc._write import check_path, write_atomically, write_result, write_streamed
 from spaformer_sc.metrics._protocols import row_blocks
 from spaformer_sc.model import Opened, SpaFormer
@@ -89,7 +89,8 @@ def impute(
 
     Builds a spatial graph for every field of view (FOV), trains a masked autoencoder in which the cells of a FOV are
     tokens (SpaFormer: Wen et al., arXiv 2302.03038), and writes imputed expression, a latent space and scores on
-    held-out counts. ``X``, ``raw`` and existing graphs are not changed.
+    held-out counts. ``X``, ``raw`` and existing graphs are not changed. Data of more than about 100 million entries
+    (cells times genes) are fitted to some of their FOVs, drawn at random; scores are of these.
 
     Parameters
     ----------
@@ -237,6 +238,8 @@ def impute(
     ------
     KeyError, TypeError, ValueError
         If the input cannot be used; before any work, with nothing changed.
+    MemoryError, OSError
+        If there is too little memory, or too little space for ``output_path``; before any work.
 
     References
     ----------
@@ -317,23 +320,38 @@ def impute(
         "quality": quality,
         "zeros": zeros,
     }
+    backed = adata.isbacked
+    if backed and copy:  # closes the file, so that nothing can be read from it later
+        adata = adata.to_memory()
     streamed = output_path is not None and not copy and _checks.lies_outside_memory(adata, layer)
     gather: Callable[[int, int, int], InMemory | OnDisk] = InMemory
     checkpoint = None
     if output_path is not None:
         from spaformer_sc.training.checkpoint import Checkpoint
 
-        unfinished = Path(f"{os.fspath(output_path)}.partial")
+        unfinished = Path(output_path).with_name(f"{Path(output_path).name}.partial")
         checkpoint = Checkpoint(unfinished, resume=resume, choices={**asked, "sd": sd, **model.parameters()})
         if streamed:
-            state_disk(unfinished.parent, adata.n_obs, adata.n_vars, model.settings.n_latent, n_layers=1 + sd)
+            n_genes = adata.n_vars if columns is None else len(columns)
+            state_disk(
+                unfinished.parent,
+                result=4 * adata.n_obs * adata.n_vars * (1 + sd) + size_on_disk(adata.filename),
+                until_whole=6 * adata.n_obs * (n_genes + model.settings.n_latent),  # tiles overlap
+                there=size_on_disk(unfinished) if resume else 0,
+            )
             gather = partial(OnDisk, unfinished / "rows")
     with checkpoint or nullcontext():
         found, opened = model.fit_predict(
-            adata, output=output, target_sum=target_sum, columns=columns, gather=gather, checkpoint=checkpoint
+            adata,
+            output=output,
+            target_sum=target_sum,
+            columns=columns,
+            gather=gather,
+            checkpoint=checkpoint,
+            kept=0 if streamed else 4 * adata.n_obs * adata.n_vars * (1 + sd),
         )
-        if copy:
-            adata = adata.to_memory() if adata.isbacked else adata.copy()
+        if copy and not backed:
+            adata = adata.copy()
         _write(adata, keys, model, found, opened, asked, columns, sd, output_path)
     return adata if copy else None
 

@@ -55,9 +55,8 @@ class Checkpoint:
             If the states are of other data or choices.
         """
         run = json.loads(json.dumps({**self._choices, **found}))
-        path = self._folder / RUN
-        if self._resume and path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = self._kept_run()
+        if self._resume and kept is not None:
             different = [name for name in sorted(run.keys() | kept.keys()) if run.get(name) != kept.get(name)]
             if different:
                 raise ValueError(
@@ -65,25 +64,41 @@ class Checkpoint:
                     "was started with, or resume=False to start anew."
                 )
             logger.info("going on with the run in %s", self._folder)
-            self._begun = True
-            return
-        if self._folder.exists() and not path.exists() and any(self._folder.iterdir()):
-            raise ValueError(f"{self._folder} is in the way of the unfinished run; move it elsewhere.")
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir()
-        path.write_text(json.dumps(run), encoding="utf-8")
+        else:
+            if kept is None and self._folder.exists() and any(self._folder.iterdir()):
+                raise ValueError(f"{self._folder} is in the way of what this run keeps; move it elsewhere.")
+            self._remove()
+            self._folder.mkdir()
+            fresh = self._folder / f"{RUN}.fresh"
+            fresh.write_text(json.dumps(run), encoding="utf-8")
+            os.replace(fresh, self._folder / RUN)
         self._begun = True
+
+    def _kept_run(self) -> dict[str, Any] | None:
+        """What the run in the folder says of itself; None where there is none."""
+        try:
+            kept = json.loads((self._folder / RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return kept if isinstance(kept, dict) and {"version", "data"} <= kept.keys() else None
+
+    def _remove(self) -> None:
+        """Remove the folder; a kill on the way leaves nothing that looks like a run."""
+        (self._folder / RUN).unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         """Remove the folder, unless the run was interrupted after it had done something."""
+        if not self._begun:
+            return
         done = (path for path in self._folder.rglob("*") if path.is_file() and path.stat().st_size)
         if failed is not None and any(path.name != RUN for path in done):
             logger.warning("what the run has done is in %s; resume=True goes on from there.", self._folder)
-        elif (self._folder / RUN).exists() and (failed is None or self._begun):
-            shutil.rmtree(self._folder, ignore_errors=True)
+        else:
+            self._remove()
 
     @property
     def due(self) -> bool:
@@ -112,7 +127,7 @@ class Checkpoint:
         if not path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes of it
             raise ValueError(f"{path} is damaged; pass resume=False to start anew.") from error
         return state

@@ -21,9 +21,6 @@ from spaformer_sc.nn.seeding import random_state, seeded, set_random_state
 from .checkpoint import Checkpoint
 from .sequences import Batch, FieldCounts, Sampler
 
-STATE = "training"
-"""Name of the state of a training in a checkpoint."""
-
 KL_WEIGHT = 0.01
 """Weight of the divergence of a variational latent, after its warm-up.
 
@@ -165,7 +162,7 @@ class _Watch:
         score = self.validate(self.network)
         self.history.step.append(step)
         self.history.epoch.append(epoch)
-        self.history.loss.append(float(torch.stack(self.losses).mean()))
+        self.history.loss.append(float(torch.stack([loss.to(self.losses[-1].device) for loss in self.losses]).mean()))
         self.history.validation.append(score)
         self.losses = []
         if math.isnan(score) or score > self.best_score:
@@ -213,6 +210,7 @@ def train(
     seed: int,
     progress: Callable[[int, int, float], None],
     checkpoint: Checkpoint | None = None,
+    state: str = "training",
 ) -> tuple[Network, History]:
     """Train a network and return the best weights seen on what is held out.
 
@@ -235,6 +233,8 @@ def train(
         the best validation score so far, that of the weights that are kept; -inf before the first.
     checkpoint
         Where the state is kept between epochs, and taken up from if one is there; None for nowhere.
+    state
+        Its name there.
 
     Returns
     -------
@@ -253,7 +253,7 @@ def train(
     step = first_epoch = 0
     generators = (corruption, noise, features)
     with seeded(seed + 3, sampler.device):  # dropout draws from the global generator
-        kept = None if checkpoint is None else checkpoint.load(STATE)
+        kept = None if checkpoint is None else checkpoint.load(state)
         if kept is not None:
             step, first_epoch = kept["step"], kept["epoch"]
             network.load_state_dict(kept["network"])
@@ -262,12 +262,12 @@ def train(
                 average.network.load_state_dict(kept["average"])
                 average.n_updates = kept["n_updates"]
             watch.restore(kept["watch"])
-            for generator, state in zip(generators, kept["generators"], strict=True):
-                generator.set_state(state)
+            for generator, at in zip(generators, kept["generators"], strict=True):
+                generator.set_state(at)
             set_random_state(kept["dropout"], sampler.device)
         for epoch in range(first_epoch, n_epochs):
             if checkpoint is not None and checkpoint.due:
-                state = {
+                now = {
                     "step": step,
                     "epoch": epoch,
                     "network": network.state_dict(),
@@ -278,7 +278,7 @@ def train(
                     "generators": [generator.get_state() for generator in generators],
                     "dropout": random_state(sampler.device),
                 }
-                checkpoint.save(STATE, state)
+                checkpoint.save(state, now)
             for batch in sampler.epoch(data, corruption, (epoch / n_epochs, (epoch + 1) / n_epochs)):
                 factor = learning_rate_factor(step, n_steps, config)
                 for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
