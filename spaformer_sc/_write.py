@@ -238,7 +238,6 @@ def _open_store(path: Path) -> Iterator[Any]:
 def _copy_counts(adata: AnnData, store: Any) -> None:
     """Copy ``X`` and ``raw`` from the file or lazy array that they are in."""
     import h5py
-    from anndata.experimental import read_elem_lazy
     from anndata.io import write_elem
 
     if not adata.isbacked:
@@ -247,21 +246,37 @@ def _copy_counts(adata: AnnData, store: Any) -> None:
             write_elem(store, "raw", adata.raw)
         return
     source = adata.file._file
-    if "X" in source:
-        if isinstance(store, h5py.File):
-            source.copy(source["X"], store, "X")
-        else:
-            write_elem(store, "X", read_elem_lazy(source["X"]))
-    if adata.raw is None:
-        return
     if isinstance(store, h5py.File):
-        source.copy(source["raw"], store, "raw")
-    else:
+        for name in ("X", "raw"):
+            if name in source and (name == "X" or adata.raw is not None):
+                source.copy(source[name], store, name)
+        return
+    if "X" in source:
+        _copy_matrix(source["X"], store, "X")
+    if adata.raw is not None:
         raw = store.create_group("raw")
         raw.attrs.update({"encoding-type": "raw", "encoding-version": "0.1.0"})
-        write_elem(raw, "X", read_elem_lazy(source["raw/X"]))
+        _copy_matrix(source["raw/X"], raw, "X")
         write_elem(raw, "var", adata.raw.var)
         write_elem(raw, "varm", dict(adata.raw.varm))
+
+
+def _copy_matrix(source: Any, store: Any, name: str) -> None:
+    """Copy a matrix, dense or sparse, from an HDF5 file to a store, array by array.
+
+    Rows of a sparse one would have to be added one block after the other, which takes the square of their number.
+    """
+    import dask.array as da
+    import h5py
+    from anndata.io import write_elem
+
+    if isinstance(source, h5py.Dataset):
+        write_elem(store, name, da.from_array(source, chunks=f"{BLOCK_BYTES >> 20}MiB"))  # type: ignore[no-untyped-call]
+        return
+    group = store.create_group(name)
+    group.attrs.update({key: np.asarray(value).tolist() for key, value in source.attrs.items()})
+    for part in ("data", "indices", "indptr"):
+        _copy_matrix(source[part], group, part)
 
 
 def write_atomically(adata: AnnData, path: str | os.PathLike[str]) -> None:
