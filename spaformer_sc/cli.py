@@ -26,6 +26,9 @@ Fill in missing gene expression in cell-resolution spatial transcriptomics (CosM
   spaformer-sc impute in.h5ad out.h5ad --library-key fov   impute your own data
 """
 
+ENTRIES_OF_A_CHUNK = 16_000_000
+"""Entries, cells times genes, of a sparse store that are read together; adding many small parts to another is slow."""
+
 IMPUTE = """\
 Read an AnnData with raw counts and coordinates, impute it, and write it with the results added. The input file is not
 changed; the output appears whole or not at all. Counts are read, and results written, field of view by field of view
@@ -200,7 +203,12 @@ def _read_zarr(source: Path) -> AnnData:
     kinds = [dict(part.attrs).get("encoding-type") for part in (group, matrix) if part is not None]
     if kinds not in (["anndata", "csr_matrix"], ["anndata", "array"]):
         return anndata.read_zarr(source)
-    return anndata.AnnData(X=read_elem_lazy(matrix), **{name: read_elem(group[name]) for name in group if name != "X"})
+    chunks = None
+    if kinds[1] == "csr_matrix":
+        n_cells, n_genes = matrix.attrs["shape"]
+        chunks = min(n_cells, max(1, ENTRIES_OF_A_CHUNK // max(1, n_genes))), n_genes
+    rest = {name: read_elem(group[name]) for name in group if name != "X"}
+    return anndata.AnnData(X=read_elem_lazy(matrix, chunks=chunks), **rest)
 
 
 def _impute(arguments: argparse.Namespace) -> None:

@@ -263,12 +263,16 @@ def test_a_failure_to_write_the_file_keeps_the_result_and_the_old_file(tissue, m
     def fail(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(ad.AnnData, "write_h5ad", fail)
     before = contents(tissue)
-    with pytest.raises(OSError, match="no space left"):
-        impute(tissue, output_path=path)
+    with monkeypatch.context() as patch:
+        patch.setattr(ad.AnnData, "write_h5ad", fail)
+        with pytest.raises(OSError, match="no space left"):
+            impute(tissue, output_path=path)
     assert contents(tissue).keys() - before.keys() == SLOTS
     assert path.read_bytes() == b"an older file"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name, f"{path.name}.partial"]
+    impute(tissue, output_path=path, resume=True)
+    assert "spaformer" in ad.read_h5ad(path).layers
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
