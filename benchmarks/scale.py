@@ -500,13 +500,10 @@ def report(rows: Iterable[Row]) -> str:
         runs.setdefault(key, {})[score] = float(row["value"])
     lines: list[str] = []
     by_part = {part: {key: values for key, values in runs.items() if key[0] == part} for part in PARTS}
-    for title, wanted in (("one field of view", True), (f"fields of view of {CELLS_OF_A_FOV} cells", False)):
-        chosen = {
-            int(key[2]): values
-            for key, values in by_part["growth"].items()
-            if (key[4] == "1") == wanted or key[2] == "200"
-        }
-        chosen = {cells: values for cells, values in sorted(chosen.items()) if (cells != CELLS_OF_A_FOV) or not wanted}
+    for title, in_one in (("one field of view", True), (f"fields of view of {CELLS_OF_A_FOV} cells", False)):
+        sizes = {key: int(key[2]) for key in by_part["growth"]}
+        of_kind = [key for key in sizes if (sizes[key] != CELLS_OF_A_FOV * int(key[4])) == in_one]
+        chosen = {sizes[key]: by_part["growth"][key] for key in sorted(of_kind, key=sizes.__getitem__)}
         if len(chosen) < 2:
             continue
         lines += [f"**Growth**, {title}: microseconds per cell", ""]

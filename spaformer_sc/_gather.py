@@ -126,7 +126,6 @@ class OnDisk:
         self._folder, self._rows = folder, folder / "rows.float32"
         self._rows.touch()
         self._width = n_genes + n_latent + 1
-        self._starts: list[int] = []
         self._end = 0
         self._cells: list[NDArray[np.int64]] = []
         self._weights: list[NDArray[np.float32]] = []

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from spaformer_sc._logging import logger
@@ -22,7 +21,7 @@ INTERVAL = 30.0
 
 
 class Checkpoint:
-    """Named states in a folder, each replaced whole: numbers, strings, arrays and tensors in lists and dictionaries.
+    """Named states in a folder, each replaced whole: numbers, strings and tensors in lists and dictionaries.
 
     Loading executes nothing (``torch.load`` with ``weights_only``).
 
@@ -109,14 +108,14 @@ class Checkpoint:
         """Keep a state under a name in place of an earlier one."""
         fresh = self._folder / f"{name}.fresh"
         with open(fresh, "wb") as file:
-            torch.save(_with_tensors(state), file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, self._folder / f"{name}.pt")
         self._saved = time.monotonic()
 
     def load(self, name: str) -> dict[str, Any] | None:
-        """Return the state of a name, arrays as tensors; None if there is none.
+        """Return the state of a name; None if there is none.
 
         Raises
         ------
@@ -135,13 +134,3 @@ class Checkpoint:
     def drop(self, name: str) -> None:
         """Forget the state of a name."""
         (self._folder / f"{name}.pt").unlink(missing_ok=True)
-
-
-def _with_tensors(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_tensors(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_with_tensors(part) for part in value]
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(value))
-    return value
