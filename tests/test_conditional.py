@@ -15,10 +15,10 @@ from torch_geometric.data import Data
 
 import spaformer_sc as sf
 from spaformer_sc.data._fields import GraphConfig, Layout, fields_of_view
-from spaformer_sc.nn.masking import CORRUPTIONS, MaskingRates, MaskingSchedule
+from spaformer_sc.nn.masking import CORRUPTIONS, MaskingRates, MaskingSchedule, SparseCounts
 from spaformer_sc.nn.network import Network, NetworkConfig, Tokens
 from spaformer_sc.positional import POSITIONAL, PositionalEncoding, build_positional
-from spaformer_sc.training.sequences import FieldCounts, Sampler, collate, sequences, view
+from spaformer_sc.training.sequences import FieldCounts, Sampler, View, collate, sequences
 from tests.conftest import contents
 
 NAMES = ["conditional", "conditional_gat"]
@@ -196,6 +196,12 @@ def sampler(names: list[str]) -> Sampler:
     )  # fmt: skip
 
 
+def view(sequence: FieldCounts, masking: str) -> View:
+    generator = torch.Generator().manual_seed(7)
+    counts = SparseCounts.of(sequence.counts)
+    return View.of(sequence.fov, CORRUPTIONS[masking](counts, None, SHARE, MaskingRates(), generator), SHARE, 30.0)
+
+
 MIXES = [["conditional"], ["conditional_gat"], ["conditional", "signnet"], ["linear", "conditional_gat", "laplacian"]]
 
 
@@ -204,8 +210,7 @@ MIXES = [["conditional"], ["conditional_gat"], ["conditional", "signnet"], ["lin
 def test_network_does_not_depend_on_batch_mates(names: list[str], combine: str) -> None:
     data, net, take = slide(names), network(names, combine), sampler(names)
     alone = [take.whole(s) for s in data]
-    views = [(view(s, CORRUPTIONS["none"](s.sparse(), None, SHARE, MaskingRates(), torch.Generator()), SHARE, 30.0),
-              torch.arange(s.fov.n_cells)) for s in data]  # fmt: skip
+    views = [(view(s, "none"), torch.arange(s.fov.n_cells)) for s in data]
     together = collate(views, positional=take.positional, graph=True, device=torch.device("cpu")).tokens
     latents = torch.cat([net(tokens).latent for tokens in alone])
     assert torch.isfinite(latents).all()
@@ -231,11 +236,7 @@ def test_no_hidden_count_reaches_the_output(name: str, masking: str) -> None:
 
     def tokens(counts: sp.csr_matrix) -> Tokens:
         changed = replace(sequence, counts=counts)
-        corrupted = CORRUPTIONS[masking](
-            changed.sparse(), None, SHARE, MaskingRates(), torch.Generator().manual_seed(7)
-        )
-        rows = torch.arange(sequence.fov.n_cells)
-        pieces = [(view(changed, corrupted, SHARE, 30.0), rows)]
+        pieces = [(view(changed, masking), torch.arange(sequence.fov.n_cells))]
         return collate(pieces, positional="rows", graph=True, device=torch.device("cpu")).tokens
 
     before = tokens(sequence.counts)

@@ -97,27 +97,25 @@ def test_typical_values_are_means_over_measured_cells(counts: sp.csr_matrix) -> 
 # --- what training hides ----------------------------------------------------------------------------------------------
 
 
-def sparse_counts(counts: sp.csr_matrix) -> SparseCounts:
-    coo = counts.tocoo()
-    rows, cols = (torch.from_numpy(index.astype(np.int64)) for index in (coo.row, coo.col))
-    return SparseCounts(rows, cols, torch.from_numpy(coo.data), counts.shape)
+def dense(counts: SparseCounts) -> torch.Tensor:
+    return torch.from_numpy(counts.csr().toarray())
 
 
 def test_each_cell_draws_its_corruption(counts: sp.csr_matrix) -> None:
     share, rates = torch.full((30,), 1 / 30), MaskingRates(features=0.5)
     names = ("thinning", "features")
-    found = corrupt(names, sparse_counts(counts), None, share, rates, torch.Generator().manual_seed(0))
+    found = corrupt(names, SparseCounts.of(counts), None, share, rates, torch.Generator().manual_seed(0))
     full = torch.from_numpy(counts.toarray())
     hidden = ~found.visible
     masked = hidden.any(1)
     assert 0.3 < masked.float().mean() < 0.7
     # Masked cells show all of what is visible, and are asked for the rest; thinned cells are asked for everything.
-    torch.testing.assert_close(found.counts[masked], (full * ~hidden)[masked])
-    torch.testing.assert_close(found.target[masked], full[masked])
+    torch.testing.assert_close(dense(found.counts)[masked], (full * ~hidden)[masked])
+    torch.testing.assert_close(dense(found.target)[masked], full[masked])
     torch.testing.assert_close(found.asked[masked], hidden[masked])
-    torch.testing.assert_close((found.counts + found.target)[~masked], full[~masked])
+    torch.testing.assert_close((dense(found.counts) + dense(found.target))[~masked], full[~masked])
     assert found.asked[~masked].all()
-    torch.testing.assert_close(found.target_depth, depth(found.target, None, share))
+    torch.testing.assert_close(found.target_depth, depth(found.target.total(), None, share))
     assert found.measured is None
 
 
@@ -126,7 +124,7 @@ def test_hidden_genes_are_hidden_in_the_whole_field_of_view(counts: sp.csr_matri
     kinds = set()
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
-        found = corrupt(("thinning", "genes"), sparse_counts(counts), None, share, rates, generator)
+        found = corrupt(("thinning", "genes"), SparseCounts.of(counts), None, share, rates, generator)
         if found.visible is None:
             kinds.add("thinning")
             continue

@@ -88,7 +88,7 @@ def tokens_of(
     gene_share, target_sum, typical
         As in :class:`~spaformer_sc.training.sequences.Sampler`.
     """
-    seen = depth(counts, template.visible, gene_share)
+    seen = depth(counts.sum(1), template.visible, gene_share)
     values = normalise(counts, seen, target_sum)
     means = [torch.sparse.mm(ring, values) for ring in rings]
     if template.visible is not None:

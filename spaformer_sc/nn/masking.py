@@ -10,26 +10,45 @@ A new corruption is a function with the signature of :func:`thinning` and one li
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class SparseCounts:
-    """Non-zero counts of a ``shape`` (cells, genes): ``values[i]`` of gene ``cols[i]`` in cell ``rows[i]``."""
+    """Counts of a ``shape`` (cells, genes): ``values[i]`` of gene ``cols[i]`` in cell ``rows[i]``, 0 elsewhere.
+
+    Places are in the order of cells, each there once; those of a FOV stay the same when some of its counts are hidden.
+    """
 
     rows: Tensor
     cols: Tensor
     values: Tensor
     shape: tuple[int, int]
 
-    def dense(self, values: Tensor | None = None) -> Tensor:
-        """Return a dense float32 matrix (cells, genes) of these counts, or of other ``values`` at the same places."""
-        out = torch.zeros(self.shape, dtype=torch.float32)
-        out[self.rows, self.cols] = self.values if values is None else values
-        return out
+    @classmethod
+    def of(cls, counts: sp.csr_matrix) -> SparseCounts:
+        """Take the counts of a matrix (cells, genes)."""
+        coo = counts.tocoo()
+        rows, cols = (torch.from_numpy(index.astype(np.int64)) for index in (coo.row, coo.col))
+        return cls(rows, cols, torch.from_numpy(coo.data.astype(np.float32)), counts.shape)
+
+    def csr(self) -> sp.csr_matrix:
+        """Return them as a matrix (cells, genes), float32."""
+        starts = np.searchsorted(self.rows.numpy(), np.arange(self.shape[0] + 1))
+        return sp.csr_matrix((self.values.numpy(), self.cols.numpy(), starts), shape=self.shape)
+
+    def total(self) -> Tensor:
+        """Total of each cell (cells,)."""
+        return torch.zeros(self.shape[0]).index_add_(0, self.rows, self.values)
+
+    def where(self, entries: Tensor) -> SparseCounts:
+        """Keep the counts of some ``entries`` (cells, genes), 0 in place of the others."""
+        return replace(self, values=self.values * entries[self.rows, self.cols])
 
 
 @dataclass(frozen=True)
@@ -52,23 +71,23 @@ class Corrupted:
         Which entries were measured (cells, genes), or None when all were.
     """
 
-    counts: Tensor
+    counts: SparseCounts
     visible: Tensor | None
-    target: Tensor
+    target: SparseCounts
     asked: Tensor | None
     target_depth: Tensor
     measured: Tensor | None
 
 
-def depth(counts: Tensor, visible: Tensor | None, gene_share: Tensor) -> Tensor:
+def depth(total: Tensor, visible: Tensor | None, gene_share: Tensor) -> Tensor:
     """Estimate every cell's depth over all genes from the visible ones.
 
     The visible total divided by the share of all transcripts that the visible genes hold on average.
 
     Parameters
     ----------
-    counts
-        Visible counts (cells, genes), 0 where hidden.
+    total
+        Total of the visible counts of each cell (cells,).
     visible
         Boolean (cells, genes) or None when everything is visible.
     gene_share
@@ -78,7 +97,6 @@ def depth(counts: Tensor, visible: Tensor | None, gene_share: Tensor) -> Tensor:
     -------
     Depth (cells,), 0 for a cell of which nothing is visible.
     """
-    total = counts.sum(1)
     if visible is None:
         return total
     return total / (visible.to(gene_share.dtype) @ gene_share).clamp(min=1e-6)
@@ -152,16 +170,16 @@ def thinning(
     low, high = rates.thinning
     probability = low + (high - low) * float(torch.rand((), generator=generator))
     kept = thin(counts.values, probability, generator)
-    target = counts.dense(counts.values - kept)
-    return Corrupted(counts.dense(kept), measured, target, measured, depth(target, measured, gene_share), measured)
+    shown, target = replace(counts, values=kept), replace(counts, values=counts.values - kept)
+    return Corrupted(shown, measured, target, measured, depth(target.total(), measured, gene_share), measured)
 
 
 def _hide(counts: SparseCounts, measured: Tensor | None, gene_share: Tensor, hidden: Tensor) -> Corrupted:
     """Hide the entries (cells, genes) of ``hidden`` and ask for them."""
-    full = counts.dense()
     asked = hidden if measured is None else hidden & measured
     visible = ~hidden if measured is None else measured & ~hidden
-    return Corrupted(full * visible, visible, full, asked, depth(full, measured, gene_share), measured)
+    at_depth = depth(counts.total(), measured, gene_share)
+    return Corrupted(counts.where(visible), visible, counts, asked, at_depth, measured)
 
 
 def bilevel(
@@ -201,8 +219,7 @@ def nothing(
     counts: SparseCounts, measured: Tensor | None, gene_share: Tensor, rates: MaskingRates, generator: torch.Generator
 ) -> Corrupted:
     """Hide nothing and ask for everything: a plain autoencoder."""
-    full = counts.dense()
-    return Corrupted(full, measured, full, measured, depth(full, measured, gene_share), measured)
+    return Corrupted(counts, measured, counts, measured, depth(counts.total(), measured, gene_share), measured)
 
 
 CORRUPTIONS: dict[str, Corruption] = {
@@ -250,20 +267,20 @@ def corrupt(
 def _either(first: Tensor, one: Corrupted, other: Corrupted) -> Corrupted:
     """Join the rows of ``one`` that are ``first`` (cells,) with those of the ``other`` that are not."""
 
-    def joined(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(first if a.ndim == 1 else first[:, None], a, b)
+    def joined(a: SparseCounts, b: SparseCounts) -> SparseCounts:
+        return replace(a, values=torch.where(first[a.rows], a.values, b.values))
 
     def joined_masks(a: Tensor | None, b: Tensor | None) -> Tensor | None:
         if a is None and b is None:
             return None
-        every = torch.ones_like(one.counts, dtype=torch.bool)
-        return joined(every if a is None else a, every if b is None else b)
+        every = torch.ones(one.counts.shape, dtype=torch.bool)
+        return torch.where(first[:, None], every if a is None else a, every if b is None else b)
 
     return Corrupted(
         counts=joined(one.counts, other.counts),
         visible=joined_masks(one.visible, other.visible),
         target=joined(one.target, other.target),
         asked=joined_masks(one.asked, other.asked),
-        target_depth=joined(one.target_depth, other.target_depth),
+        target_depth=torch.where(first, one.target_depth, other.target_depth),
         measured=one.measured,
     )

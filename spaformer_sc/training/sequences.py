@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch_geometric.utils import subgraph
 
 from spaformer_sc.data._fields import FieldOfView
-from spaformer_sc.nn.masking import Corrupted, MaskingRates, MaskingSchedule, SparseCounts, corrupt, depth
-from spaformer_sc.nn.network import Positions, Tokens, normalise
+from spaformer_sc.nn.masking import Corrupted, MaskingRates, MaskingSchedule, SparseCounts, corrupt, depth, nothing
+from spaformer_sc.nn.network import Positions, Tokens
 
 BUFFER_BYTES = 400 * 2**20
 """Memory for the corrupted views of the FOVs that are shuffled together."""
@@ -37,16 +37,6 @@ class FieldCounts:
     fov: FieldOfView
     counts: sp.csr_matrix
     measured: NDArray[np.bool_] | None = None
-
-    def sparse(self) -> SparseCounts:
-        """Counts as tensors."""
-        coo = self.counts.tocoo()
-        return SparseCounts(
-            torch.from_numpy(coo.row.astype(np.int64)),
-            torch.from_numpy(coo.col.astype(np.int64)),
-            torch.from_numpy(coo.data.astype(np.float32)),
-            self.counts.shape,
-        )
 
 
 @dataclass(frozen=True)
@@ -85,9 +75,9 @@ def neighbour_values(
     values
         Normalised expression (cells, genes), 0 where hidden.
     visible
-        Boolean (cells, genes), or None when everything is visible.
+        Which entries are visible, 1 or True, (cells, genes), or None when everything is.
     rings
-        Row-normalised averaging matrices (cells, cells).
+        Row-normalised averaging matrices (cells asked for, cells).
     typical
         What stands for the mean of a gene that is hidden in all of a cell's neighbours (genes,); None for 0.
     """
@@ -95,7 +85,7 @@ def neighbour_values(
     for ring in rings:
         mean = ring @ values.numpy()
         if visible is not None:
-            seen = ring @ visible.numpy().astype(np.float32)
+            seen = ring @ visible.numpy().astype(np.float32, copy=False)
             shown = seen > 1e-6
             np.divide(mean, seen, out=mean, where=shown)
             if typical is not None:
@@ -105,24 +95,66 @@ def neighbour_values(
     return tuple(means)
 
 
-@dataclass
+@dataclass(frozen=True)
 class View:
-    """A corrupted FOV with all inputs computed for the whole of it; batches take rows of it."""
+    """A corrupted FOV, of which batches take some cells; see :class:`Sampler`.
+
+    Attributes
+    ----------
+    fov
+        The field of view.
+    corrupted
+        Its corruption.
+    counts, target
+        Visible counts and counts asked for (cells, genes).
+    values
+        Normalised expression (cells, genes), 0 where hidden.
+    shown
+        1 where an entry is visible (cells, genes), or None when all are.
+    depth
+        Depth estimated from the visible counts (cells,).
+    typical
+        Values (genes,) that stand for hidden entries; None for 0.
+    """
 
     fov: FieldOfView
     corrupted: Corrupted
-    values: tuple[Tensor, ...]
+    counts: sp.csr_matrix
+    target: sp.csr_matrix
+    values: Tensor
+    shown: Tensor | None
     depth: Tensor
+    typical: Tensor | None
 
+    @classmethod
+    def of(
+        cls,
+        fov: FieldOfView,
+        corrupted: Corrupted,
+        gene_share: Tensor,
+        target_sum: float,
+        typical: Tensor | None = None,
+    ) -> View:
+        """Take depth and normalised expression from what is visible."""
+        counts, visible = corrupted.counts.csr(), corrupted.visible
+        seen = depth(corrupted.counts.total(), visible, gene_share)
+        scale = target_sum / seen.clamp(min=1e-6)
+        values = torch.from_numpy(counts.toarray())
+        values.mul_(scale[:, None]).log1p_()
+        shown = None if visible is None else visible.to(torch.float32)
+        return cls(fov, corrupted, counts, corrupted.target.csr(), values, shown, seen, typical)
 
-def view(
-    sequence: FieldCounts, corrupted: Corrupted, gene_share: Tensor, target_sum: float, typical: Tensor | None = None
-) -> View:
-    """Compute depth, normalised expression and neighbour means of a corrupted FOV; see :class:`Sampler`."""
-    seen = depth(corrupted.counts, corrupted.visible, gene_share)
-    values = normalise(corrupted.counts, seen, target_sum)
-    around = neighbour_values(values, corrupted.visible, sequence.fov.rings, typical)
-    return View(sequence.fov, corrupted, (stand_in(values, corrupted.visible, typical), *around), seen)
+    def inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Expression of some cells and its mean over each of their rings of neighbours (cells, genes each)."""
+        visible = None if self.corrupted.visible is None else self.corrupted.visible[rows]
+        rings = [ring[rows.numpy()] for ring in self.fov.rings]
+        around = neighbour_values(self.values, self.shown, rings, self.typical)
+        return stand_in(self.values[rows], visible, self.typical), *around
+
+    def mask(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows of one of the masks of the corruption (cells, genes)."""
+        found: Tensor | None = getattr(self.corrupted, name)
+        return torch.ones((len(rows), self.counts.shape[1]), dtype=torch.bool) if found is None else found[rows]
 
 
 def _positions(fov: FieldOfView, rows: Tensor, needs: str, device: torch.device) -> Positions:
@@ -181,10 +213,27 @@ def token_graph(pieces: Sequence[tuple[FieldOfView, Tensor]]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def collate(
-    pieces: Sequence[tuple[View, Tensor]], *, positional: str | None, graph: bool, device: torch.device
-) -> Batch:
-    """Join rows of several FOVs to one ragged batch on ``device``.
+Pieces = Sequence[tuple[View, Tensor]]
+"""Pairs of a view and the rows of it that become tokens."""
+
+
+def _joined(parts: Iterable[Tensor], device: torch.device) -> Tensor:
+    return torch.cat(list(parts)).to(device)
+
+
+def _masks(pieces: Pieces, name: str, device: torch.device) -> Tensor | None:
+    """Join masks; one masked FOV in the batch means that every FOV needs its mask."""
+    if all(getattr(v.corrupted, name) is None for v, _ in pieces):
+        return None
+    return _joined((v.mask(name, rows) for v, rows in pieces), device)
+
+
+def _dense(counts: sp.csr_matrix, rows: Tensor) -> Tensor:
+    return torch.from_numpy(counts[rows.numpy()].toarray())
+
+
+def tokens_of(pieces: Pieces, *, positional: str | None, graph: bool, device: torch.device) -> Tokens:
+    """Join rows of several FOVs to ragged tokens on ``device``.
 
     Parameters
     ----------
@@ -195,37 +244,29 @@ def collate(
     graph
         Whether the network reads the spatial graph between the tokens.
     device
-        Where the batch goes.
+        Where the tokens go.
     """
-
-    def masks(name: str) -> Tensor | None:
-        """Join masks; one masked FOV in the batch means that every FOV needs its mask."""
-        parts = [getattr(v.corrupted, name) for v, _ in pieces]
-        if all(part is None for part in parts):
-            return None
-        full = [
-            torch.ones((len(rows), v.corrupted.counts.shape[1]), dtype=torch.bool) if part is None else part[rows]
-            for part, (v, rows) in zip(parts, pieces, strict=True)
-        ]
-        return torch.cat(full).to(device)
-
-    n_inputs = len(pieces[0][0].values)
-    tokens = Tokens(
-        values=tuple(torch.cat([v.values[i][rows] for v, rows in pieces]).to(device) for i in range(n_inputs)),
-        counts=torch.cat([v.corrupted.counts[rows] for v, rows in pieces]).to(device),
-        depth=torch.cat([v.depth[rows] for v, rows in pieces]).to(device),
-        visible=masks("visible"),
+    inputs = zip(*(v.inputs(rows) for v, rows in pieces), strict=True)
+    return Tokens(
+        values=tuple(_joined(parts, device) for parts in inputs),
+        counts=_joined((_dense(v.counts, rows) for v, rows in pieces), device),
+        depth=_joined((v.depth[rows] for v, rows in pieces), device),
+        visible=_masks(pieces, "visible", device),
         lengths=[len(rows) for _, rows in pieces],
         positions=None if positional is None else [_positions(v.fov, rows, positional, device) for v, rows in pieces],
         edge_index=token_graph([(v.fov, rows) for v, rows in pieces]).to(device) if graph else None,
         fovs=[v.fov.image for v, _ in pieces],
     )
+
+
+def collate(pieces: Pieces, *, positional: str | None, graph: bool, device: torch.device) -> Batch:
+    """Join rows of several FOVs to a batch on ``device``; arguments as in :func:`tokens_of`."""
     return Batch(
-        tokens,
-        torch.cat([v.corrupted.target[rows] for v, rows in pieces]).to(device),
-        torch.cat([v.corrupted.target_depth[rows] for v, rows in pieces]).to(device),
-        masks("asked"),
-        masks("measured"),
+        tokens_of(pieces, positional=positional, graph=graph, device=device),
+        _joined((_dense(v.target, rows) for v, rows in pieces), device),
+        _joined((v.corrupted.target_depth[rows] for v, rows in pieces), device),
+        _masks(pieces, "asked", device),
+        _masks(pieces, "measured", device),
     )
 
 
@@ -324,8 +365,9 @@ class Sampler:
         pieces: list[tuple[View, Tensor]] = []
         for sequence, rate in zip(group, rates, strict=True):
             measured = None if sequence.measured is None else torch.from_numpy(sequence.measured)
-            corrupted = corrupt(self.corruptions, sequence.sparse(), measured, self.gene_share, rate, generator)
-            whole = view(sequence, corrupted, self.gene_share, self.target_sum, self.typical)
+            counts = SparseCounts.of(sequence.counts)
+            corrupted = corrupt(self.corruptions, counts, measured, self.gene_share, rate, generator)
+            whole = View.of(sequence.fov, corrupted, self.gene_share, self.target_sum, self.typical)
             own = torch.from_numpy(np.flatnonzero(sequence.fov.own))
             n_parts = 1 if self.tokens_per_step is None else max(1, round(len(own) / self.tokens_per_step))
             if self.windows:
@@ -352,24 +394,11 @@ class Sampler:
     def whole(self, sequence: FieldCounts) -> Tokens:
         """Return all cells of one FOV as tokens with nothing hidden, for prediction."""
         measured = None if sequence.measured is None else torch.from_numpy(sequence.measured)
-        counts = sequence.sparse().dense()
-        seen = depth(counts, measured, self.gene_share)
-        values = normalise(counts, seen, self.target_sum)
-        around = neighbour_values(values, measured, sequence.fov.rings, self.typical)
-        values = stand_in(values, measured, self.typical)
-        every = torch.arange(len(counts))
-        return Tokens(
-            values=tuple(v.to(self.device) for v in (values, *around)),
-            counts=counts.to(self.device),
-            depth=seen.to(self.device),
-            visible=None if measured is None else measured.to(self.device),
-            lengths=[len(counts)],
-            positions=None
-            if self.positional is None
-            else [_positions(sequence.fov, every, self.positional, self.device)],
-            edge_index=sequence.fov.edge_index.to(self.device) if self.graph else None,
-            fovs=[sequence.fov.image],
-        )
+        rates = self.rates.at(1.0)
+        shown = nothing(SparseCounts.of(sequence.counts), measured, self.gene_share, rates, torch.Generator())
+        whole = View.of(sequence.fov, shown, self.gene_share, self.target_sum, self.typical)
+        every = torch.arange(sequence.fov.n_cells)
+        return tokens_of([(whole, every)], positional=self.positional, graph=self.graph, device=self.device)
 
     def some_whole(
         self, data: Sequence[FieldCounts], generator: torch.Generator, most_cells: int
@@ -387,6 +416,6 @@ class Sampler:
 
     @staticmethod
     def _cost(sequence: FieldCounts) -> int:
-        """Bytes of a corrupted view: dense float32 matrices of the input, the rings, the counts and the target."""
+        """Bytes of a corrupted view: dense values, counts and target at the places of counts, masks where there are."""
         n_cells, n_genes = sequence.counts.shape
-        return int(n_cells * n_genes) * 4 * (3 + len(sequence.fov.rings))
+        return int(n_cells * n_genes) * (4 if sequence.measured is None else 11) + 40 * int(sequence.counts.nnz)
