@@ -21,7 +21,7 @@ from ._gather import Block, Gathered, InMemory
 from ._logging import logger
 from ._memory import state_memory
 from ._saved import read_model, write_model
-from ._threads import wait_patiently
+from ._threads import Workers, wait_patiently
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .training.checkpoint import Checkpoint
     from .training.mixing import HeldCounts, HeldEntries
     from .training.posterior import Posterior
-    from .training.sequences import FieldCounts, Sampler
+    from .training.sequences import FieldCounts, Sampler, Whole
     from .training.trainer import History
 
 GatheredT = TypeVar("GatheredT", bound=Gathered)
@@ -406,17 +406,19 @@ class SpaFormer:
         n_genes = adata.n_vars if columns is None else len(columns)
         opened, loaded = self._fit_data(adata, self.keys, checkpoint, kept=kept)
         gathered = gather(adata.n_obs, n_genes, self.settings.n_latent)
-        self._predict(
-            self._all_fields(opened) if loaded.cells is not None else loaded.fields,
-            opened.read,
-            gathered,
-            output=output,
-            target_sum=target_sum or self.target_sum,
-            genes=columns,
-            embed=True,
-            back=output == "lognorm" and self.posterior is not None,
-            shown=True,
-        )
+        with Workers(resolve_device(self.device)) as workers:
+            self._predict(
+                self._all_fields(opened) if loaded.cells is not None else loaded.fields,
+                opened.read,
+                gathered,
+                workers,
+                output=output,
+                target_sum=target_sum or self.target_sum,
+                genes=columns,
+                embed=True,
+                back=output == "lognorm" and self.posterior is not None,
+                shown=True,
+            )
         if loaded.cells is not None:
             self._spread_cell_scores(loaded.cells, gathered.embedding)
         return gathered, opened
@@ -444,7 +446,8 @@ class SpaFormer:
         self.keys = keys
         self.fractional = opened.counts.fractional
         self.settings = with_missing(self._chosen, loaded.hidden_as)
-        self._fit(loaded, device, checkpoint, start)
+        with Workers(device) as workers:
+            self._fit(loaded, device, checkpoint, start, workers)
         self.var_names = names
         self.gene_scores.index = self.var_names
         return opened, loaded
@@ -482,7 +485,14 @@ class SpaFormer:
         dispersed = s.dispersion != "gene" or (s.posterior and (missing or s.masking != ("thinning",)))
         return s.decoder == "poisson" or s.decoder == "gaussian" or (s.decoder == "nb" and not dispersed)
 
-    def _fit(self, loaded: Loaded, device: torch.device, checkpoint: Checkpoint | None, start: Start | None) -> None:
+    def _fit(
+        self,
+        loaded: Loaded,
+        device: torch.device,
+        checkpoint: Checkpoint | None,
+        start: Start | None,
+        workers: Workers,
+    ) -> None:
         import torch
 
         from .data._split import gene_shares, hold_out, hold_out_entries, typical_values
@@ -518,14 +528,15 @@ class SpaFormer:
         data = sequences(loaded.fields, train, missing)
         sampler = self._sampler(device)
         draw = torch.Generator().manual_seed(derived_seed(self.random_state, "validation"))
-        validated = sampler.some_whole(data, draw, VALIDATED_CELLS)
+        validated = sampler.some(data, draw, VALIDATED_CELLS)
         entries = None
         if loaded.missing is None:
-            held = HeldCounts(validated, split.validation, self._shares)
+            held = HeldCounts(validated, sampler, split.validation, self._shares, workers)
         else:
-            held = HeldCounts(validated, _without(split.validation, held_out), self._shares)
-            entries = HeldEntries(validated, split.train, held_out, self._shares, self._model_sum)
-        histories = self._train_networks(data, sampler, held, entries, device, checkpoint, start)
+            of_others = _without(split.validation, held_out)
+            held = HeldCounts(validated, sampler, of_others, self._shares, workers)
+            entries = HeldEntries(validated, sampler, split.train, held_out, self._shares, self._model_sum, workers)
+        histories = self._train_networks(data, sampler, held, entries, device, checkpoint, start, workers)
         self.history = {
             "network": [float(i) for i, h in enumerate(histories) for _ in h.step],
             **{
@@ -537,9 +548,7 @@ class SpaFormer:
         if entries is not None and self.settings.decoder != "gaussian":
             expected = entries.expected(self._networks, self._weights[1])
             shape_where_missing = fit_shape_where_missing(expected, entries.counts)
-        del held, entries
-        validated.clear()
-        self._score(sampler, split, loaded, shape_where_missing)
+        self._score(split, loaded, shape_where_missing, workers)
 
     def _train_networks(
         self,
@@ -550,13 +559,15 @@ class SpaFormer:
         device: torch.device,
         checkpoint: Checkpoint | None,
         start: Start | None,
+        workers: Workers,
     ) -> list[History]:
         """Train the networks; what is held out chooses their form, how long they train, and their weights."""
         from .metrics import mixture_weights
+        from .training.abreast import Task, train_abreast
         from .training.mixing import mix_in_own_counts
         from .training.progress import ProgressBar
         from .training.start import start_from_components, token_components
-        from .training.trainer import History, shortened, train
+        from .training.trainer import shortened
 
         s = self.settings
         n_networks = s.n_networks
@@ -565,55 +576,39 @@ class SpaFormer:
         if entries is not None and not entries.enough:
             entries = None
         validate = held.gain if entries is None else entries.gain
-        whole = [tokens for _, tokens in held.fields]
         widest = max(in_form(s, form).dim for form in candidates)
-        components = token_components(whole, widest, s.hops) if s.pca_start and start is None else None
+        components = token_components(held.opened, widest, s.hops) if s.pca_start and start is None else None
         histories: list[History] = []
         parts: list[NDArray[np.float64]] = []
         predicted: list[NDArray[np.float64]] = []
         self._networks, self._forms = [], []
-        for number in range(n_networks):
-            if number < len(candidates):
-                form = candidates[number]
-                training = in_form(s, form).training
-            else:
-                best = int(np.argmax([history.best_score for history in histories[: len(candidates)]]))
-                form = candidates[best]
-                training = shortened(in_form(s, form).training, histories[best])
-            network = self._new_network(number, form).to(device)
-            if start is not None:
-                training = start.training(training)
-                network.load_state_dict(start.weights(number), strict=False)
-            if components is not None:
-                start_from_components(network, components)
-            label = "training" if n_networks == 1 else f"training {number + 1}/{n_networks}"
-            kept = None if checkpoint is None else checkpoint.load(f"network_{number}")
-            if kept is not None:
-                network.load_state_dict(kept["weights"])
-                trained, history = network.eval(), History(**kept["history"])
-            else:
-                with ProgressBar(label, self.progress) as bar:
-                    trained, history = train(
-                        network,
-                        data,
-                        replace(sampler, tokens_per_step=training.tokens_per_step),
-                        training,
-                        validate=validate,
-                        seed=derived_seed(self.random_state, f"training {number}"),
-                        progress=bar.update,
-                        checkpoint=checkpoint,
-                        state=f"training_{number}",
-                    )
-                if checkpoint is not None:
-                    checkpoint.save(f"network_{number}", {"weights": trained.state_dict(), "history": vars(history)})
-                    checkpoint.drop(f"training_{number}")
-            if mixing:
-                parts.append(mix_in_own_counts(trained, held))
-            if s.mixing and entries is not None:
-                predicted.append(entries.predicted(trained))
-            self._networks.append(trained)
-            self._forms.append(form)
-            histories.append(history)
+
+        def train_further(forms: Sequence[str], trainings: Sequence[Training]) -> None:
+            tasks = []
+            for number, (form, training) in enumerate(zip(forms, trainings, strict=True), start=len(self._networks)):
+                network = self._new_network(number, form).to(device)
+                if start is not None:
+                    training = start.training(training)
+                    network.load_state_dict(start.weights(number), strict=False)
+                if components is not None:
+                    start_from_components(network, components)
+                seed = derived_seed(self.random_state, f"training {number}")
+                tasks.append(Task(number, network, training, seed))
+            bar = ProgressBar("training", self.progress, tasks[0].number, n_networks)
+            for trained, history in train_abreast(tasks, data, sampler, validate, workers, bar, checkpoint):
+                if mixing:
+                    parts.append(mix_in_own_counts(trained, held))
+                if s.mixing and entries is not None:
+                    predicted.append(entries.predicted(trained))
+                self._networks.append(trained)
+                histories.append(history)
+            self._forms += forms
+
+        train_further(candidates, [in_form(s, form).training for form in candidates])
+        if n_more := n_networks - len(candidates):
+            best = int(np.argmax([history.best_score for history in histories]))
+            form = candidates[best]
+            train_further([form] * n_more, [shortened(in_form(s, form).training, histories[best])] * n_more)
         measured = mixture_weights(np.stack(parts), held.counts) if mixing else np.full(n_networks, 1 / n_networks)
         self._weights = np.stack([measured, measured])
         if s.mixing and entries is not None:
@@ -639,7 +634,7 @@ class SpaFormer:
         }
 
     def _score(
-        self, sampler: Sampler, split: HeldOut, loaded: Loaded, shape_where_missing: tuple[float, float] | None
+        self, split: HeldOut, loaded: Loaded, shape_where_missing: tuple[float, float] | None, workers: Workers
     ) -> None:
         """Score the rates predicted from the training part on the test part, overall and per gene.
 
@@ -655,7 +650,7 @@ class SpaFormer:
         def read(field: FieldOfView) -> FieldCounts:
             return sequences([field], train, missing)[0]
 
-        self._predict(loaded.fields, read, found, output="rate", target_sum=1.0, genes=None, embed=True)
+        self._predict(loaded.fields, read, found, workers, output="rate", target_sum=1.0, genes=None, embed=True)
         rates = found.expression
         rng = np.random.default_rng(derived_seed(self.random_state, "groups of cells"))
         self.scores, self.gene_scores, gains = held_out_scores(split.test, rates, train, missing, rng)
@@ -792,15 +787,17 @@ class SpaFormer:
         known = np.array([position.get(int(column), -1) for column in asked], dtype=np.int64)
         genes = known[known >= 0]
         gathered = InMemory(adata.n_obs, 0 if output is None else len(genes), self.settings.n_latent if embed else 0)
-        self._predict(
-            self._all_fields(opened),
-            opened.read,
-            gathered,
-            output=output,
-            target_sum=self.target_sum if target_sum is None else target_sum,
-            genes=genes,
-            embed=embed,
-        )
+        with Workers(resolve_device(self.device)) as workers:
+            self._predict(
+                self._all_fields(opened),
+                opened.read,
+                gathered,
+                workers,
+                output=output,
+                target_sum=self.target_sum if target_sum is None else target_sum,
+                genes=genes,
+                embed=embed,
+            )
         if output is not None and len(genes) < len(asked):
             expression = np.full((adata.n_obs, len(asked)), np.nan, dtype=np.float32)
             expression[:, known >= 0] = gathered.expression
@@ -816,6 +813,7 @@ class SpaFormer:
         fields: Iterable[FieldOfView],
         read: Callable[[FieldOfView], FieldCounts],
         gathered: Gathered,
+        workers: Workers,
         *,
         output: str | None,
         target_sum: float,
@@ -843,58 +841,70 @@ class SpaFormer:
                     rng = np.random.default_rng(derived_seed(self.random_state, f"cells to lead back from {number}"))
                     some = np.sort(rng.choice(len(inside), min(len(inside), n_some), replace=False))
                     sequence = read(field)
-                    block = self._predict_field(sequence, sampler, inside, some, output, target_sum, genes, embed)
+                    whole = sampler.open(sequence)
+                    measured = None if sequence.measured is None else sequence.measured[inside]
+                    block = self._predict_field(
+                        whole, inside, measured, some, workers, output, target_sum, genes, embed
+                    )
                     gathered.add(number, field.cells[inside], field.weight[inside], block)
                 done += int(field.own.sum())
                 bar.update(done, gathered.n_cells)
 
     def _predict_field(
         self,
-        sequence: FieldCounts,
-        sampler: Sampler,
+        whole: Whole,
         inside: NDArray[np.int64],
+        measured: NDArray[np.bool_] | None,
         some: NDArray[np.int64],
+        workers: Workers,
         output: str | None,
         target_sum: float,
         genes: NDArray[np.int64] | None,
         embed: bool,
     ) -> Block:
-        """Predict the cells ``inside`` a FOV; lead ``some`` of these back to expected counts."""
+        """Predict the cells ``inside`` a FOV; ``measured`` entries of these; lead ``some`` back to expected counts."""
         import torch
+
+        from .training.prediction import in_blocks
 
         n_genes = 0 if output is None else len(self._shares) if genes is None else len(genes)
         columns = slice(None) if genes is None else genes
-        tokens = sampler.whole(sequence)
-        measured = None if sequence.measured is None else sequence.measured[inside]
-        total = np.zeros((len(inside), 1), dtype=np.float32)
+        networks = self._networks[:1] if output is None else self._networks
         mean = np.zeros((len(inside), n_genes), dtype=np.float32)
         latent = np.zeros((len(inside), self.settings.n_latent if embed else 0), dtype=np.float32)
         depth = np.zeros(len(inside), dtype=np.float32)
         counts = np.zeros((len(some), n_genes), dtype=np.float32)
-        with torch.inference_mode():
-            for number, network in enumerate(self._networks):
-                result = network(tokens)
-                if output is not None:
-                    share, where_missing = self._weights[:, number].astype(np.float32)
-                    weights = share if measured is None else np.where(measured, share, where_missing)
-                    block = self._scaled(network, result, tokens, output, target_sum).cpu().numpy()[inside]
-                    block *= weights
-                    if measured is not None:
-                        total += block.sum(axis=1, keepdims=True)
-                    mean += block[:, columns]
-                    shares = network.decoder.share(result.decoded)
-                    full = tokens.full_depth(shares)
-                    depth += share * full.cpu().numpy()[inside]
-                    if len(some):
-                        at = torch.from_numpy(inside[some]).to(full.device)
-                        block = (shares[at] * full[at, None]).cpu().numpy()
-                        block *= weights if measured is None else weights[some]
-                        counts += block[:, columns]
+
+        def predict(at: slice, tokens: Tokens, outputs: Iterator[Output]) -> None:
+            total = np.zeros((at.stop - at.start, 1), dtype=np.float32)
+            led = slice(*np.searchsorted(some, [at.start, at.stop]))
+            led_rows = some[led] - at.start
+            for number, (network, result) in enumerate(zip(networks, outputs, strict=True)):
                 if embed and number == 0:
-                    latent[:] = result.latent.cpu().numpy()[inside]
-        if output == "rate" and measured is not None:
-            # Each network's rates have this sum, but not their mean with weights that differ within a cell.
-            mean *= target_sum / total
+                    latent[at] = result.latent.cpu().numpy()
+                if output is None:
+                    return
+                share, where_missing = self._weights[:, number].astype(np.float32)
+                weights = share if measured is None else np.where(measured[at], share, where_missing)
+                part = self._scaled(network, result, tokens, output, target_sum).cpu().numpy()
+                part *= weights
+                if measured is not None:
+                    total += part.sum(axis=1, keepdims=True)
+                mean[at] += part[:, columns]
+                shares = network.decoder.share(result.decoded)
+                full = tokens.full_depth(shares)
+                depth[at] += share * full.cpu().numpy()
+                if len(led_rows):
+                    rows = torch.from_numpy(led_rows).to(full.device)
+                    part = (shares[rows] * full[rows, None]).cpu().numpy()
+                    part *= weights if measured is None else weights[led_rows]
+                    counts[led] += part[:, columns]
+            if output == "rate" and measured is not None:
+                # Each network's rates have this sum, but not their mean with weights that differ within a cell.
+                mean[at] *= target_sum / total
+
+        for _ in in_blocks(networks, whole, predict, workers, torch.from_numpy(inside)):
+            pass
         led_back = None
         if len(some):
             seen = np.ones(counts.shape, dtype=bool) if measured is None else measured[some][:, columns]

@@ -97,7 +97,7 @@ def no_training(monkeypatch):
     def train(*_, **__):
         pytest.fail("training began")
 
-    monkeypatch.setattr("spaformer_sc.training.trainer.train", train)
+    monkeypatch.setattr("spaformer_sc.training.abreast.train", train)
 
 
 @pytest.fixture(scope="session")

@@ -232,7 +232,7 @@ def test_an_interrupt_exits_with_130_and_writes_nothing(source, tmp_path, monkey
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spaformer_sc.training.trainer.train", interrupt)
+    monkeypatch.setattr("spaformer_sc.training.abreast.train", interrupt)
     assert run("impute", source, tmp_path / "out.h5ad", *QUICK) == 130
     assert "interrupted" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.h5ad"]
@@ -275,7 +275,7 @@ def test_too_little_memory_is_said_so(source, tmp_path, monkeypatch, capsys, err
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("spaformer_sc.training.trainer.train", fail)
+    monkeypatch.setattr("spaformer_sc.training.abreast.train", fail)
     assert run("impute", source, tmp_path / "out.h5ad", *QUICK) == 1
     assert f"spaformer-sc: {message}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.h5ad"]

@@ -218,7 +218,7 @@ def test_output_path(tissue, form, tmp_path):
 @pytest.mark.parametrize(
     "place",
     [
-        "spaformer_sc.training.trainer.train",
+        "spaformer_sc.training.abreast.train",
         "spaformer_sc.training.scoring.held_out_scores",
         "spaformer_sc.model.SpaFormer._predict_field",
         "spaformer_sc.model.SpaFormer.parameters",

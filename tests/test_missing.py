@@ -9,6 +9,7 @@ import torch
 
 import spaformer_sc as sf
 from spaformer_sc._config import MASKINGS
+from spaformer_sc._threads import Workers
 from spaformer_sc.data._split import gene_shares, hold_out_entries, in_blocks, typical_values
 from spaformer_sc.nn.decoders import NegativeBinomialDecoder
 from spaformer_sc.nn.masking import CORRUPTIONS, MaskingRates, SparseCounts, corrupt, depth
@@ -188,8 +189,9 @@ def held_entries(with_hidden, hidden_tissue):
     held = hold_out_entries(loaded.counts, loaded.missing, loaded.images, 0.2, np.random.default_rng(3))
     train = loaded.counts.multiply(~held).tocsr().astype(np.float32)
     sampler = with_hidden._sampler(torch.device("cpu"))
-    fields = [(s, sampler.whole(s)) for s in sequences(loaded.fields, train, loaded.missing | held)]
-    return HeldEntries(fields, loaded.counts, held, with_hidden._shares, 50.0), held, loaded
+    fields = sequences(loaded.fields, train, loaded.missing | held)
+    with Workers(torch.device("cpu")) as workers:
+        yield HeldEntries(fields, sampler, loaded.counts, held, with_hidden._shares, 50.0, workers), held, loaded
 
 
 def test_values_of_held_entries(held_entries, with_hidden) -> None:

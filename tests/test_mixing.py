@@ -11,6 +11,7 @@ import torch
 
 import spaformer_sc as sf
 from spaformer_sc._config import Settings, Training, in_form
+from spaformer_sc._threads import Workers
 from spaformer_sc.metrics import mixture_weights
 from spaformer_sc.training.mixing import HeldCounts, mix_in_own_counts
 from spaformer_sc.training.sequences import sequences
@@ -21,14 +22,20 @@ from spaformer_sc.training.trainer import History, shortened
 
 
 @pytest.fixture
-def held(fitted, shared_tissue):
+def workers():
+    with Workers(torch.device("cpu")) as some:
+        yield some
+
+
+@pytest.fixture
+def held(fitted, shared_tissue, workers):
     """Counts that the model has not seen, drawn from the tissue's own rates."""
     loaded, _ = fitted._read(shared_tissue, fitted.keys)
     sampler = fitted._sampler(torch.device("cpu"))
-    fields = [(s, sampler.whole(s)) for s in sequences(loaded.fields, loaded.counts, None)]
+    fields = sequences(loaded.fields, loaded.counts, None)
     rate = shared_tissue.layers["true_rate"]
     counts = sp.csr_matrix(np.random.default_rng(0).poisson(rate / rate.sum(1, keepdims=True) * 50).astype(np.float32))
-    return HeldCounts(fields, counts, fitted._shares)
+    return HeldCounts(fields, sampler, counts, fitted._shares, workers)
 
 
 def log_likelihood(parts, weights, counts):
@@ -42,7 +49,8 @@ def test_parts_are_shares_of_network_own_counts_and_mean(fitted, shared_tissue, 
     parts = held.parts(network)
     rates = fitted.impute(shared_tissue, output="rate", target_sum=1.0)
     network.decoder.mixture.copy_(before)
-    rows, cols = held._held.nonzero()
+    rows = np.concatenate([field.fov.cells[part] for field, part in zip(held.fields, held._rows)])
+    cols = np.concatenate(held._cols)
     library = np.asarray(shared_tissue.X.sum(axis=1)).ravel()
     own = shared_tissue.X.toarray() / np.maximum(library, 1)[:, None]
     expected = {(r, c): (rates[r, c], own[r, c] if library[r] else rates[r, c]) for r, c in zip(rows, cols)}
@@ -98,18 +106,18 @@ def test_mixed_shares_sum_to_one_and_leave_hidden_entries_to_the_network(fitted)
 
 @pytest.mark.parametrize("decoder", ["poisson", "nb", "zinb"])
 @pytest.mark.parametrize("hidden", [0.0, 0.3])
-def test_what_is_fitted_is_what_is_predicted(decoder, hidden):
+def test_what_is_fitted_is_what_is_predicted(decoder, hidden, workers):
     tissue = sf.datasets.simulated_tissue(n_fovs=2, n_cells=200, n_genes=60)
     tissue.layers["missing"] = np.random.default_rng(0).random(tissue.shape) < hidden
     arguments = {"quality": "fast", "missing": "missing", "settings": {"posterior": False, "mixing": False}}
     model = sf.SpaFormer(library_key="fov", decoder=decoder, max_epochs=4, progress=False, **arguments).fit(tissue)
     loaded, _ = model._read(tissue, model.keys)
     sampler = model._sampler(torch.device("cpu"))
-    fields = [(s, sampler.whole(s)) for s in sequences(loaded.fields, loaded.counts, loaded.missing)]
+    fields = sequences(loaded.fields, loaded.counts, loaded.missing)
     rate = tissue.layers["true_rate"] * ~tissue.layers["missing"]
     drawn = np.random.default_rng(1).poisson(rate / rate.sum(1, keepdims=True) * 20)
     counts = sp.csr_matrix(drawn.astype(np.float32))
-    held, network = HeldCounts(fields, counts, model._shares), model._networks[0]
+    held, network = HeldCounts(fields, sampler, counts, model._shares, workers), model._networks[0]
     claimed = mix_in_own_counts(network, held)
     assert 0 < network.decoder.mixture[1] < 1
     np.testing.assert_allclose(held.parts(network)[0], claimed, rtol=1e-4)
@@ -190,7 +198,7 @@ def test_components_equal_a_singular_value_decomposition():
     rng = np.random.default_rng(3)
     values = rng.standard_normal((60, 5)) @ rng.standard_normal((5, 12)) + rng.random(12)
     blocks = [(torch.from_numpy(part), None) for part in (values[:25], values[25:])]
-    components, mean = principal_components(blocks, 4)
+    components, mean = principal_components(lambda: blocks, 4)
     np.testing.assert_allclose(mean, values.mean(0))
     scores = ((torch.from_numpy(values) - mean) @ components.T).numpy()
     left, sizes, _ = np.linalg.svd(values - values.mean(0), full_matrices=False)
@@ -201,8 +209,8 @@ def test_components_equal_a_singular_value_decomposition():
 def test_components_leave_hidden_values_out():
     rng = np.random.default_rng(4)
     values, visible = torch.from_numpy(rng.standard_normal((40, 6))), torch.from_numpy(rng.random((40, 6)) < 0.7)
-    found = principal_components([(values, visible)], 3)
-    other = principal_components([(torch.where(visible, values, 99.0), visible)], 3)
+    found = principal_components(lambda: [(values, visible)], 3)
+    other = principal_components(lambda: [(torch.where(visible, values, 99.0), visible)], 3)
     for one, two in zip(found, other, strict=True):
         torch.testing.assert_close(one, two)
     torch.testing.assert_close(found[1], (values * visible).sum(0) / visible.sum(0))
@@ -211,7 +219,7 @@ def test_components_leave_hidden_values_out():
 def test_components_that_do_not_vary_are_zero():
     values = torch.ones(10, 4)
     values[:, 0] = torch.arange(10.0)
-    components, mean = principal_components([(values, None)], 3)
+    components, mean = principal_components(lambda: [(values, None)], 3)
     assert components[0].abs().argmax() == 0
     assert components[1:].abs().max() == 0
     assert mean.tolist() == [4.5, 1, 1, 1]
@@ -220,12 +228,13 @@ def test_components_that_do_not_vary_are_zero():
 def test_tokens_start_at_components(fitted, shared_tissue):
     loaded, _ = fitted._read(shared_tissue, fitted.keys)
     sampler = fitted._sampler(torch.device("cpu"))
-    tokens = [sampler.whole(s) for s in sequences(loaded.fields, loaded.counts, None)]
+    wholes = [sampler.open(s) for s in sequences(loaded.fields, loaded.counts, None)]
     network = fitted._new_network(0, "plain")
-    start_from_components(network, token_components(tokens, network.config.dim, 2))
+    start_from_components(network, token_components(lambda: wholes, network.config.dim, 2))
     dim, n_genes = network.config.dim, network.config.n_genes
     first, second = (int(share * dim) for share in RING_SHARES)
     assert dim - first - second >= n_genes  # all components, and zeros behind them
+    tokens = [whole.tokens() for whole in wholes]
     own = torch.cat([network.embedding(t.values[0]) + network.neighbours[0](t.values[1]) for t in tokens]).detach()
     assert own[:, 0].mean().abs() < 1e-4
     assert float(own[:, 0].var(unbiased=False)) == pytest.approx(1, rel=1e-3)
@@ -237,8 +246,8 @@ def test_tokens_start_at_components(fitted, shared_tissue):
 def test_the_start_does_not_move_other_weights(fitted, shared_tissue):
     loaded, _ = fitted._read(shared_tissue, fitted.keys)
     sampler = fitted._sampler(torch.device("cpu"))
-    tokens = [sampler.whole(s) for s in sequences(loaded.fields, loaded.counts, None)]
+    wholes = [sampler.open(s) for s in sequences(loaded.fields, loaded.counts, None)]
     plain, started = (fitted._new_network(0, "wide") for _ in range(2))
-    start_from_components(started, token_components(tokens, started.config.dim, 2))
+    start_from_components(started, token_components(lambda: wholes, started.config.dim, 2))
     moved = {name for name, p in plain.named_parameters() if not torch.equal(p, started.get_parameter(name))}
     assert moved == {"embedding.weight", "embedding.bias", "neighbours.0.weight", "neighbours.1.weight"}

@@ -137,7 +137,7 @@ def test_a_failing_fit_does_not_leave_half_a_model(shared_tissue, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("spaformer_sc.training.trainer.train", interrupt)
+        patch.setattr("spaformer_sc.training.abreast.train", interrupt)
         with pytest.raises(KeyboardInterrupt):
             new.fit(shared_tissue[:, 10:], library_key="fov")
     try:

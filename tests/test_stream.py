@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 import signal
@@ -14,6 +15,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 
 import spaformer_sc as sf
 from spaformer_sc import _checks, _gather, _write, model
@@ -302,6 +304,30 @@ def test_an_interrupted_run_goes_on_to_the_same_result(path, monkeypatch, often,
     found = backed(path, **TWO, resume=True)
     same(found, expected)
     assert sorted(file.name for file in path.parent.iterdir()) == ["in.h5ad", "out.h5ad"]
+
+
+ABREAST = {"settings": {"n_networks": 3, "tokens_per_step": 60}, "max_epochs": 2}
+
+
+@pytest.mark.parametrize("call", [1, 7, 13])
+def test_networks_that_train_at_the_same_time_go_on_too(path, monkeypatch, often, call):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    expected = backed(path, **ABREAST)
+    original = trainer.batch_loss
+    calls = itertools.count(1)
+
+    def interrupted(*arguments):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "batch_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            backed(path, **ABREAST)
+    same(backed(path, **ABREAST, resume=True), expected)
+    torch.set_num_threads(before)
 
 
 def resolved(name):

@@ -212,22 +212,66 @@ class Network(nn.Module):
 
     def forward(self, tokens: Tokens, generator: torch.Generator | None = None) -> Output:
         """Run the network on a batch of FOVs; ``generator`` drives what is random in training."""
-        x = self.embedding(tokens.values[0])
+        x = self.embed(tokens)
+        x, context = self.exchange(x, tokens.lengths, tokens.positions, tokens.edge_index, generator)
+        return self.decode(x, context, tokens, generator)
+
+    def embed(self, tokens: Tokens) -> Tensor:
+        """Embed expression and depth of each token (tokens, dim), without its place; reads no other token."""
+        x: Tensor = self.embedding(tokens.values[0])
         for embed, values in zip(self.neighbours, tokens.values[1:], strict=True):
             x = x + embed(values)
         x = x + self.depth(torch.log((tokens.depth + 1) / (self.config.target_sum + 1))[:, None])
         if tokens.visible is not None:
             x = torch.where(tokens.visible.any(1, keepdim=True), x, x + self.hidden_token)
+        return x
+
+    def exchange(
+        self,
+        x: Tensor,
+        lengths: Sequence[int],
+        positions: Sequence[Positions] | None,
+        edge_index: Tensor | None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Add their places to embedded tokens, and let those of a FOV exchange information.
+
+        Parameters
+        ----------
+        x
+            From :meth:`embed`, of all tokens of the batch (tokens, dim).
+        lengths, positions, edge_index
+            As in :class:`Tokens`.
+        generator
+            Source of what is random in training.
+
+        Returns
+        -------
+        Tokens with their places, and what the encoder makes of them (tokens, dim each).
+        """
         if self.positional is not None:
-            if tokens.positions is None:
+            if positions is None:
                 raise ValueError("this network has a positional encoding; `tokens.positions` is needed")
-            x = self.positional(x, tokens.positions, tokens.edge_index, generator)
+            x = self.positional(x, positions, edge_index, generator)
+        return x, self.encoder(x, lengths, edge_index)
+
+    def decode(self, x: Tensor, context: Tensor, tokens: Tokens, generator: torch.Generator | None = None) -> Output:
+        """Give latent and distribution of expression of each token; reads no other token.
+
+        Parameters
+        ----------
+        x, context
+            From :meth:`exchange` (tokens, dim each).
+        tokens
+            The same tokens, of which counts, depth, what is visible and FOVs are read.
+        generator
+            Source of what is random in training.
+        """
         offset = None if self.wide is None else self.wide(x)
-        x = self.encoder(x, tokens.lengths, tokens.edge_index)
-        latent, divergence = self.latent(x), None
+        latent, divergence = self.latent(context), None
         decode_from = latent
         if self.latent_log_variance is not None:
-            log_variance = self.latent_log_variance(x).clamp(-10.0, 10.0)
+            log_variance = self.latent_log_variance(context).clamp(-10.0, 10.0)
             divergence = 0.5 * (latent.square() + log_variance.exp() - 1.0 - log_variance).sum(-1)
             if self.training:
                 noise = torch.randn(latent.shape, generator=generator, dtype=latent.dtype).to(latent.device)

@@ -37,7 +37,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, *, resume: bool, choices: dict[str, Any]) -> None:
         self._folder, self._resume, self._choices = folder, resume, choices
-        self._saved = time.monotonic()
+        self._begin, self._saved = time.monotonic(), dict[str, float]()
         self._begun = False
 
     def begin(self, found: dict[str, Any]) -> None:
@@ -99,10 +99,9 @@ class Checkpoint:
         else:
             self._remove()
 
-    @property
-    def due(self) -> bool:
-        """Whether the last state was kept long enough ago for another."""
-        return time.monotonic() - self._saved >= INTERVAL
+    def due(self, name: str) -> bool:
+        """Whether the last state of a name was kept long enough ago for another."""
+        return time.monotonic() - self._saved.get(name, self._begin) >= INTERVAL
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Keep a state under a name in place of an earlier one."""
@@ -112,7 +111,7 @@ class Checkpoint:
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, self._folder / f"{name}.pt")
-        self._saved = time.monotonic()
+        self._saved[name] = time.monotonic()
 
     def load(self, name: str) -> dict[str, Any] | None:
         """Return the state of a name; None if there is none.

@@ -3,90 +3,190 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import nnls
+from torch import Tensor
 
+from spaformer_sc._threads import Workers
 from spaformer_sc.metrics import mixture_weights
 from spaformer_sc.nn.decoders import CountDecoder
-from spaformer_sc.nn.network import Network, Tokens
+from spaformer_sc.nn.network import Network, Output, Tokens
 
-from .scoring import FLOOR, GainSum
-from .sequences import FieldCounts
+from .prediction import in_blocks
+from .scoring import FLOOR, log_ratios
+from .sequences import FieldCounts, Sampler, Whole
+
+T = TypeVar("T")
 
 LEAST_COUNTS = 200
 """Held-out transcripts below which nothing is fitted to them."""
 
 
-class HeldCounts:
+class _Held:
+    """What is held out of some FOVs, found block by block in what networks say of them.
+
+    Parameters
+    ----------
+    fields
+        FOVs with what is not held out.
+    sampler
+        Makes tokens of them.
+    rows, cols
+        Places of the held-out entries of each FOV, in the order of its cells.
+    workers
+        Threads to compute in.
+    """
+
+    def __init__(
+        self,
+        fields: Sequence[FieldCounts],
+        sampler: Sampler,
+        rows: Sequence[NDArray[np.int64]],
+        cols: Sequence[NDArray[np.int64]],
+        workers: Workers,
+    ) -> None:
+        self.fields = fields
+        self._sampler, self._workers = sampler, workers
+        self._rows, self._cols = rows, cols
+        self._starts = np.concatenate([[0], np.cumsum([len(part) for part in rows])])
+
+    def opened(self) -> Iterator[Whole]:
+        """Each FOV, one at a time."""
+        return map(self._sampler.open, self.fields)
+
+    def _in_blocks(self, networks: Sequence[Network], function: Callable[[Block, Iterator[Output]], T]) -> list[T]:
+        """Apply a function to blocks of cells that have held-out entries, and what networks say of them."""
+        found: list[T] = []
+        for number, (sequence, whole) in enumerate(zip(self.fields, self.opened(), strict=True)):
+            rows, cols, start = self._rows[number], self._cols[number], int(self._starts[number])
+
+            def of_block(
+                at: slice,
+                tokens: Tokens,
+                outputs: Iterator[Output],
+                sequence: FieldCounts = sequence,
+                rows: NDArray[np.int64] = rows,
+                cols: NDArray[np.int64] = cols,
+                start: int = start,
+            ) -> T | None:
+                first, last = np.searchsorted(rows, [at.start, at.stop])
+                if first == last:
+                    return None
+                places = torch.from_numpy(rows[first:last] - at.start), torch.from_numpy(cols[first:last])
+                measured = None if sequence.measured is None else sequence.measured[at]
+                return function(Block(tokens, places, slice(start + first, start + last), measured), outputs)
+
+            parts = in_blocks(networks, whole, of_block, self._workers)
+            found += [part for part in parts if part is not None]
+        return found
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of cells with held-out entries.
+
+    Attributes
+    ----------
+    tokens
+        The cells.
+    places
+        Row and gene of each held-out entry (entries,).
+    entries
+        Which of all held-out entries they are.
+    measured
+        Which entries were measured (cells, genes), or None when all were.
+    """
+
+    tokens: Tokens
+    places: tuple[Tensor, Tensor]
+    entries: slice
+    measured: NDArray[np.bool_] | None
+
+
+class HeldCounts(_Held):
     """Held-out counts of some FOVs, with what predictions say of just these.
 
     Parameters
     ----------
     fields
-        FOVs with their tokens, nothing hidden.
+        FOVs with the other counts.
+    sampler
+        Makes tokens of them.
     held
         Held-out counts of all cells (cells, genes).
     gene_share
         Mean share of each gene (genes,).
+    workers
+        Threads to compute in.
     """
 
     def __init__(
-        self, fields: Sequence[tuple[FieldCounts, Tokens]], held: sp.csr_matrix, gene_share: NDArray[np.float32]
+        self,
+        fields: Sequence[FieldCounts],
+        sampler: Sampler,
+        held: sp.csr_matrix,
+        gene_share: NDArray[np.float32],
+        workers: Workers,
     ) -> None:
-        self.fields = fields
-        self._held = held
         self._gene_share = gene_share
-        self._entries: list[tuple[torch.Tensor, torch.Tensor]] = []
-        counts = []
-        for sequence, _ in fields:
+        rows, cols, counts = [], [], []
+        for sequence in fields:
             part = held[sequence.fov.cells].tocoo()
             own = sequence.fov.own[part.row]
-            rows, cols = part.row[own].astype(np.int64), part.col[own].astype(np.int64)
-            self._entries.append((torch.from_numpy(rows), torch.from_numpy(cols)))
+            rows.append(part.row[own].astype(np.int64))
+            cols.append(part.col[own].astype(np.int64))
             counts.append(part.data[own].astype(np.float64))
-        self.counts: NDArray[np.float64] = np.concatenate(counts) if counts else np.zeros(0)
+        self.counts: NDArray[np.float64] = _joined(counts)
+        super().__init__(fields, sampler, rows, cols, workers)
 
     @property
     def enough(self) -> bool:
         """Whether there are enough counts to fit weights to."""
         return float(self.counts.sum()) >= LEAST_COUNTS
 
-    @torch.inference_mode()
     def gain(self, network: Network) -> float:
         """Poisson gain of a network over gene means, in nats per held-out transcript."""
-        total = GainSum(self._gene_share)
-        for sequence, tokens in self.fields:
-            share = network.decoder.share(network(tokens).decoded).cpu().numpy()
-            total.add(share, self._held[sequence.fov.cells], sequence.fov.own, sequence.measured)
-        return total.value
 
-    @torch.inference_mode()
+        def gain(block: Block, outputs: Iterator[Output]) -> float:
+            (share,) = (network.decoder.share(output.decoded).cpu().numpy() for output in outputs)
+            rows, cols = (index.numpy() for index in block.places)
+            ratios = log_ratios(share, rows, cols, block.measured, self._gene_share)
+            return float(self.counts[block.entries] @ ratios)
+
+        total = float(self.counts.sum())
+        return sum(self._in_blocks([network], gain)) / total if total else math.nan
+
     def parts(self, network: Network) -> NDArray[np.float64]:
         """Shares of the held-out entries (3, entries) in the network, the cell's own counts, and the gene mean.
 
         Within the measured genes of the cell, since held-out counts tell of nothing else.
         """
         decoder = _count_decoder(network)
-        found = []
-        for (_, tokens), (rows, cols) in zip(self.fields, self._entries, strict=True):
-            share = decoder.share(network(tokens).decoded)
-            parts = decoder.mixture_parts(share, tokens.counts, tokens.visible)
-            found.append(torch.stack([part[rows, cols] for part in parts]).double().cpu().numpy())
-        return np.concatenate(found, axis=1)
+
+        def parts(block: Block, outputs: Iterator[Output]) -> NDArray[np.float64]:
+            (share,) = (decoder.share(output.decoded) for output in outputs)
+            mixed = decoder.mixture_parts(share, block.tokens.counts, block.tokens.visible)
+            return torch.stack([part[block.places] for part in mixed]).double().cpu().numpy()
+
+        return np.concatenate(self._in_blocks([network], parts), axis=1)
 
 
-class HeldEntries:
+class HeldEntries(_Held):
     """Held-out entries of some FOVs, with what predictions say of just these.
 
     Parameters
     ----------
     fields
-        FOVs with their tokens, held-out entries hidden in them.
+        FOVs with the other entries.
+    sampler
+        Makes tokens of them.
     counts
         Counts of all cells (cells, genes).
     held
@@ -95,83 +195,83 @@ class HeldEntries:
         Mean share of each gene (genes,).
     target_sum
         Depth that log-normalised values are taken at.
+    workers
+        Threads to compute in.
     """
 
     def __init__(
         self,
-        fields: Sequence[tuple[FieldCounts, Tokens]],
+        fields: Sequence[FieldCounts],
+        sampler: Sampler,
         counts: sp.csr_matrix,
         held: NDArray[np.bool_],
         gene_share: NDArray[np.float32],
         target_sum: float,
+        workers: Workers,
     ) -> None:
-        self.fields = fields
         self._target_sum = target_sum
         self._gene_share = torch.from_numpy(gene_share)
-        self._entries: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._counts: list[torch.Tensor] = []
-        self._null: list[torch.Tensor] = []
-        values = []
-        for sequence, tokens in fields:
+        rows, cols = [], []
+        for sequence in fields:
+            row, col = np.nonzero(held[sequence.fov.cells] & sequence.fov.own[:, None])
+            rows.append(row)
+            cols.append(col)
+        super().__init__(fields, sampler, rows, cols, workers)
+        values, found, null = [], [], []
+        for sequence, whole, row, col in zip(fields, self.opened(), rows, cols, strict=True):
             hidden = held[sequence.fov.cells]
-            rows, cols = np.nonzero(hidden & sequence.fov.own[:, None])
             own = counts[sequence.fov.cells]
-            count = own.toarray()[rows, cols]
+            count = own.toarray()[row, col]
             seen = hidden if sequence.measured is None else hidden | sequence.measured
             depth = np.asarray(own.sum(axis=1)).ravel() / np.maximum(seen @ gene_share, 1e-6)
-            values.append(np.log1p(count / depth[rows] * target_sum))
-            self._entries.append((torch.from_numpy(rows), torch.from_numpy(cols)))
-            self._counts.append(torch.from_numpy(count))
-            self._null.append(self._gene_share[cols] * tokens.depth.cpu()[rows])
-        self.values: NDArray[np.float64] = np.concatenate(values).astype(np.float64) if values else np.zeros(0)
+            values.append(np.log1p(count / depth[row] * target_sum))
+            found.append(count)
+            null.append(gene_share[col] * whole.view.depth.numpy()[row])
+        self.values: NDArray[np.float64] = _joined(values)
+        self.counts: NDArray[np.float64] = _joined(found)
+        self._null: NDArray[np.float64] = _joined(null)
 
     @property
     def enough(self) -> bool:
         """Whether there are enough counts to decide by."""
-        return sum(float(count.sum()) for count in self._counts) >= LEAST_COUNTS
+        return float(self.counts.sum()) >= LEAST_COUNTS
 
-    @torch.inference_mode()
     def gain(self, network: Network) -> float:
         """Poisson gain of a network over gene means, each with the depth that it infers, per held-out transcript."""
-        gain = total = 0.0
-        for (_, tokens), (rows, cols), count, null in zip(
-            self.fields, self._entries, self._counts, self._null, strict=True
-        ):
-            share = network.decoder.share(network(tokens).decoded)
-            # As in GainSum: a decoder that says exactly 0 can be compared too.
-            share = torch.maximum(share, FLOOR * self._gene_share.to(share))
-            expected = (share * tokens.full_depth(share)[:, None])[rows, cols].cpu()
-            ratio = torch.where(count > 0, torch.log(expected / null), 0.0)
-            gain += float((count * ratio - expected + null).sum(dtype=torch.float64))
-            total += float(count.sum(dtype=torch.float64))
-        return gain / total if total else math.nan
 
-    @torch.inference_mode()
+        def gain(block: Block, outputs: Iterator[Output]) -> float:
+            (share,) = (network.decoder.share(output.decoded) for output in outputs)
+            # As for held-out counts: a decoder that says exactly 0 can be compared too.
+            share = torch.maximum(share, FLOOR * self._gene_share.to(share))
+            expected = _expected(share, block)
+            count, null = self.counts[block.entries], self._null[block.entries]
+            ratio = np.log(expected / null, out=np.zeros(len(count)), where=count > 0)
+            return float((count * ratio - expected + null).sum())
+
+        total = float(self.counts.sum())
+        return sum(self._in_blocks([network], gain)) / total if total else math.nan
+
     def predicted(self, network: Network) -> NDArray[np.float64]:
         """Log-normalised values of the held-out entries (entries,), as a network predicts them."""
-        found = []
-        for (_, tokens), (rows, cols) in zip(self.fields, self._entries, strict=True):
-            decoded = network(tokens).decoded
-            depth = tokens.full_depth(network.decoder.share(decoded))
-            found.append(network.decoder.lognorm(decoded, depth, self._target_sum)[rows, cols].double().cpu().numpy())
-        return np.concatenate(found)
 
-    @torch.inference_mode()
+        def predicted(block: Block, outputs: Iterator[Output]) -> NDArray[np.float64]:
+            (decoded,) = (output.decoded for output in outputs)
+            depth = block.tokens.full_depth(network.decoder.share(decoded))
+            values = network.decoder.lognorm(decoded, depth, self._target_sum)
+            return values[block.places].double().cpu().numpy()
+
+        return np.concatenate(self._in_blocks([network], predicted))
+
     def expected(self, networks: Sequence[Network], weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Expected counts of the held-out entries (entries,), as the weighted mean of networks."""
-        found = []
-        for (_, tokens), (rows, cols) in zip(self.fields, self._entries, strict=True):
-            total = np.zeros(len(rows))
-            for network, weight in zip(networks, weights, strict=True):
-                share = network.decoder.share(network(tokens).decoded)
-                total += weight * (share * tokens.full_depth(share)[:, None])[rows, cols].double().cpu().numpy()
-            found.append(total)
-        return np.concatenate(found)
 
-    @property
-    def counts(self) -> NDArray[np.float64]:
-        """Counts of the held-out entries (entries,)."""
-        return np.concatenate([count.numpy() for count in self._counts]).astype(np.float64)
+        def expected(block: Block, outputs: Iterator[Output]) -> NDArray[np.float64]:
+            total = np.zeros(len(block.places[0]))
+            for network, weight, output in zip(networks, weights, outputs, strict=True):
+                total += weight * _expected(network.decoder.share(output.decoded), block)
+            return total
+
+        return np.concatenate(self._in_blocks(networks, expected))
 
     def weights(self, predicted: NDArray[np.float64]) -> NDArray[np.float64]:
         """Shares of predictions (networks, entries) in their mean that give the least squared error of the values."""
@@ -199,6 +299,16 @@ def mix_in_own_counts(network: Network, held: HeldCounts) -> NDArray[np.float64]
     weights = mixture_weights(parts, held.counts)
     _count_decoder(network).mixture.copy_(torch.from_numpy(weights))
     return np.asarray(weights @ parts)
+
+
+def _expected(share: Tensor, block: Block) -> NDArray[np.float64]:
+    """Expected counts of the held-out entries of a block, from shares (cells, genes)."""
+    found: NDArray[np.float64] = (share * block.tokens.full_depth(share)[:, None])[block.places].double().cpu().numpy()
+    return found
+
+
+def _joined(parts: Sequence[NDArray[np.floating]]) -> NDArray[np.float64]:
+    return np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)
 
 
 def _count_decoder(network: Network) -> CountDecoder:

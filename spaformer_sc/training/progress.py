@@ -3,32 +3,61 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from typing import Any
 
 
 class ProgressBar:
-    """Progress bar over training steps, with the validation score, or other units; silent if not enabled."""
+    """Progress bar over training steps, with the validation score, or other units; silent if not enabled.
 
-    def __init__(self, label: str, enabled: bool, unit: str = "step") -> None:
-        self._label, self._enabled, self._unit = label, enabled, unit
+    Parameters
+    ----------
+    label
+        What goes on.
+    enabled
+        Whether to show it.
+    first, n_parts
+        Number of the first part of the work that it shows, from 0, and number of parts of all the work.
+    unit
+        What is counted.
+    """
+
+    def __init__(self, label: str, enabled: bool, first: int = 0, n_parts: int = 1, unit: str = "step") -> None:
+        self._label, self._enabled, self._first, self._n_parts, self._unit = label, enabled, first, n_parts, unit
         self._bar: Any = None
+        self._lock = threading.Lock()
+        self._done: dict[int, int] = {}
+        self._planned: dict[int, int] = {}
+        self._best = -math.inf
 
     def __enter__(self) -> ProgressBar:
         return self
 
-    def update(self, step: int, n_steps: int, score: float = math.nan) -> None:
-        """Move to ``step`` of ``n_steps``."""
-        if self._bar is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # tqdm's advice on ipywidgets
-                from tqdm.auto import tqdm
+    def plan(self, part: int, n_steps: int) -> None:
+        """Count on a part of the work that has not begun."""
+        self._planned[part] = n_steps
 
-            self._bar = tqdm(total=n_steps, desc=self._label, unit=self._unit, disable=not self._enabled, leave=True)
-        self._bar.total = n_steps
-        self._bar.update(step - self._bar.n)
-        if math.isfinite(score):
-            self._bar.set_postfix_str(f"best held-out gain {score:.3f}", refresh=False)
+    def update(self, step: int, n_steps: int, score: float = -math.inf, part: int = 0) -> None:
+        """Move a part to ``step`` of ``n_steps``; the best score of all parts is shown."""
+        with self._lock:
+            self._done[part], self._planned[part] = step, n_steps
+            self._best = max(self._best, score)
+            if self._bar is None:
+                self._bar = self._made()
+            self._bar.total = sum(self._planned.values())
+            if math.isfinite(self._best):
+                self._bar.set_postfix_str(f"best held-out gain {self._best:.3f}", refresh=False)
+            self._bar.update(sum(self._done.values()) - self._bar.n)
+
+    def _made(self) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tqdm's advice on ipywidgets
+            from tqdm.auto import tqdm
+
+        numbers = sorted({self._first + 1, self._first + max(1, len(self._planned))})
+        parts = f" {'-'.join(map(str, numbers))}/{self._n_parts}" if self._n_parts > 1 else ""
+        return tqdm(desc=self._label + parts, unit=self._unit, disable=not self._enabled, leave=True)
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:

@@ -23,59 +23,40 @@ FLOOR = 0.01
 """Smallest predicted share of a gene in the stopping score, relative to the gene's mean share."""
 
 
-class GainSum:
-    """Poisson gain over gene means, summed FOV by FOV: the score that training stops on.
+def log_ratios(
+    share: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    cols: NDArray[np.int64],
+    measured: NDArray[np.bool_] | None,
+    gene_share: NDArray[np.float32],
+) -> NDArray[np.float64]:
+    """Logarithm of predicted shares over mean shares: what the score that training stops on is made of.
 
     With shares that sum to 1 in every cell, the log-likelihood ratio of a cell's held-out counts ``x`` against "depth
-    times gene mean" is ``sum(x * log(share / gene_share))``; both are taken over measured genes only. The gain is that,
-    per held-out transcript. Shares are kept above ``FLOOR * gene_share``, so that a decoder that says exactly zero
-    (Gaussian) can be compared at all.
+    times gene mean" is ``sum(x * log(share / gene_share))``; both are taken over measured genes only. Shares are kept
+    above ``FLOOR * gene_share``, so that a decoder that says exactly zero (Gaussian) can be compared at all.
 
     Parameters
     ----------
+    share
+        Predicted shares (cells, genes), rows sum to 1.
+    rows, cols
+        Entries asked for (entries,).
+    measured
+        Which entries were measured (cells, genes), or None when all were.
     gene_share
         Mean share of each gene (genes,).
+
+    Returns
+    -------
+    One number for each entry.
     """
-
-    def __init__(self, gene_share: NDArray[np.float32]) -> None:
-        self._null = gene_share.astype(np.float64)
-        self._gain = 0.0
-        self._total = 0.0
-
-    def add(
-        self,
-        share: NDArray[np.float32],
-        held: sp.csr_matrix,
-        cells: NDArray[np.bool_],
-        measured: NDArray[np.bool_] | None,
-    ) -> None:
-        """Add the cells of one FOV.
-
-        Parameters
-        ----------
-        share
-            Predicted shares (cells, genes), rows sum to 1.
-        held
-            Held-out counts (cells, genes).
-        cells
-            Which cells to score (cells,).
-        measured
-            Which entries were measured (cells, genes), or None when all were.
-        """
-        share = np.maximum(share, FLOOR * self._null)
-        within = share.sum(axis=1) if measured is None else np.where(measured, share, 0.0).sum(axis=1)
-        null_within = np.ones(len(share)) if measured is None else measured @ self._null
-        entries = held.tocoo()
-        scored = cells[entries.row]
-        row, col, count = entries.row[scored], entries.col[scored], entries.data[scored].astype(np.float64)
-        ratio = (share[row, col] / within[row]) / (self._null[col] / null_within[row])
-        self._gain += float(count @ np.log(ratio))
-        self._total += float(count.sum())
-
-    @property
-    def value(self) -> float:
-        """Nats per held-out transcript; NaN when there is none."""
-        return self._gain / self._total if self._total else math.nan
+    null = gene_share.astype(np.float64)
+    share = np.maximum(share, FLOOR * null)
+    within = share.sum(axis=1) if measured is None else np.where(measured, share, 0.0).sum(axis=1)
+    null_within = np.ones(len(share)) if measured is None else measured @ null
+    found: NDArray[np.float64] = np.log((share[rows, cols] / within[rows]) / (null[cols] / null_within[rows]))
+    return found
 
 
 def held_out_scores(

@@ -14,7 +14,7 @@ from torch_geometric.utils import subgraph
 
 from spaformer_sc.data._fields import FieldOfView
 from spaformer_sc.nn.masking import Corrupted, MaskingRates, MaskingSchedule, SparseCounts, corrupt, depth, nothing
-from spaformer_sc.nn.network import Positions, Tokens
+from spaformer_sc.nn.network import Network, Positions, Tokens
 
 BUFFER_BYTES = 400 * 2**20
 """Memory for the corrupted views of the FOVs that are shuffled together."""
@@ -232,7 +232,9 @@ def _dense(counts: sp.csr_matrix, rows: Tensor) -> Tensor:
     return torch.from_numpy(counts[rows.numpy()].toarray())
 
 
-def tokens_of(pieces: Pieces, *, positional: str | None, graph: bool, device: torch.device) -> Tokens:
+def tokens_of(
+    pieces: Pieces, *, positional: str | None, graph: bool, device: torch.device, inputs: bool = True
+) -> Tokens:
     """Join rows of several FOVs to ragged tokens on ``device``.
 
     Parameters
@@ -245,10 +247,12 @@ def tokens_of(pieces: Pieces, *, positional: str | None, graph: bool, device: to
         Whether the network reads the spatial graph between the tokens.
     device
         Where the tokens go.
+    inputs
+        Whether to compute the input expression, ``values``, which is empty otherwise.
     """
-    inputs = zip(*(v.inputs(rows) for v, rows in pieces), strict=True)
+    values = zip(*(v.inputs(rows) for v, rows in pieces), strict=True) if inputs else ()
     return Tokens(
-        values=tuple(_joined(parts, device) for parts in inputs),
+        values=tuple(_joined(parts, device) for parts in values),
         counts=_joined((_dense(v.counts, rows) for v, rows in pieces), device),
         depth=_joined((v.depth[rows] for v, rows in pieces), device),
         visible=_masks(pieces, "visible", device),
@@ -268,6 +272,39 @@ def collate(pieces: Pieces, *, positional: str | None, graph: bool, device: torc
         _masks(pieces, "asked", device),
         _masks(pieces, "measured", device),
     )
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A FOV with nothing hidden, whose cells become tokens a block at a time.
+
+    Attributes
+    ----------
+    view
+        All of it.
+    positional, graph, device
+        As in :func:`tokens_of`.
+    """
+
+    view: View
+    positional: str | None
+    graph: bool
+    device: torch.device
+
+    def tokens(self) -> Tokens:
+        """Return all cells as tokens."""
+        rows = torch.arange(self.view.fov.n_cells)
+        return tokens_of([(self.view, rows)], positional=self.positional, graph=self.graph, device=self.device)
+
+    def block(self, rows: Tensor, *, inputs: bool) -> Tokens:
+        """Some cells as tokens, without their places, and without input expression unless asked for."""
+        return tokens_of([(self.view, rows)], positional=None, graph=False, device=self.device, inputs=inputs)
+
+    def exchange(self, network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`.Network.exchange` of all cells, embedded (cells, dim)."""
+        fov, every = self.view.fov, torch.arange(len(x))
+        places = None if self.positional is None else [_positions(fov, every, self.positional, self.device)]
+        return network.exchange(x, [len(x)], places, fov.edge_index.to(self.device) if self.graph else None)
 
 
 @dataclass(frozen=True)
@@ -391,27 +428,27 @@ class Sampler:
         for number in np.unique(numbers):
             yield [piece for piece, n in zip(pieces, numbers, strict=True) if n == number]
 
-    def whole(self, sequence: FieldCounts) -> Tokens:
-        """Return all cells of one FOV as tokens with nothing hidden, for prediction."""
+    def open(self, sequence: FieldCounts) -> Whole:
+        """Open one FOV with nothing hidden, for prediction."""
         measured = None if sequence.measured is None else torch.from_numpy(sequence.measured)
         rates = self.rates.at(1.0)
         shown = nothing(SparseCounts.of(sequence.counts), measured, self.gene_share, rates, torch.Generator())
-        whole = View.of(sequence.fov, shown, self.gene_share, self.target_sum, self.typical)
-        every = torch.arange(sequence.fov.n_cells)
-        return tokens_of([(whole, every)], positional=self.positional, graph=self.graph, device=self.device)
+        view = View.of(sequence.fov, shown, self.gene_share, self.target_sum, self.typical)
+        return Whole(view, self.positional, self.graph, self.device)
 
-    def some_whole(
-        self, data: Sequence[FieldCounts], generator: torch.Generator, most_cells: int
-    ) -> list[tuple[FieldCounts, Tokens]]:
-        """Whole FOVs, drawn at random, as many as fit into the buffer and have no more cells together; at least one."""
-        chosen: list[tuple[FieldCounts, Tokens]] = []
-        size = cells = 0
+    def whole(self, sequence: FieldCounts) -> Tokens:
+        """Return all cells of one FOV as tokens with nothing hidden."""
+        return self.open(sequence).tokens()
+
+    def some(self, data: Sequence[FieldCounts], generator: torch.Generator, most_cells: int) -> list[FieldCounts]:
+        """FOVs drawn at random, as many as have no more cells together; at least one."""
+        chosen: list[FieldCounts] = []
+        cells = 0
         for i in torch.randperm(len(data), generator=generator).tolist():
-            size += self._cost(data[i])
             cells += int(data[i].fov.own.sum())
-            if chosen and (size > self.buffer_bytes or cells > most_cells):
+            if chosen and cells > most_cells:
                 break
-            chosen.append((data[i], self.whole(data[i])))
+            chosen.append(data[i])
         return chosen
 
     @staticmethod

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from spaformer_sc.nn.network import Network, Tokens
+from spaformer_sc.nn.network import Network
+
+from .prediction import BLOCK
+from .sequences import Whole
 
 RING_SHARES = (5 / 16, 3 / 16)
 """Share of a token's dimensions that starts with each ring of neighbours."""
@@ -17,13 +21,13 @@ LEAST_VARIANCE = 1e-8
 
 
 @torch.no_grad()
-def token_components(tokens: Sequence[Tokens], dim: int, hops: int) -> list[tuple[Tensor, Tensor]]:
+def token_components(opened: Callable[[], Iterable[Whole]], dim: int, hops: int) -> list[tuple[Tensor, Tensor]]:
     """Principal components of the cells' own expression and of the mean expression of each ring of neighbours.
 
     Parameters
     ----------
-    tokens
-        Cells to compute the components from.
+    opened
+        Gives the FOVs to compute the components from, one after the other, each time that it is called.
     dim
         Width of the widest token, which the inputs share: the rings as :data:`RING_SHARES` says, the cell itself the
         rest.
@@ -34,13 +38,14 @@ def token_components(tokens: Sequence[Tokens], dim: int, hops: int) -> list[tupl
     -------
     For each input its components (n, genes), at most as many as there are genes, and its mean (genes,).
     """
-    sizes = _sizes(dim, hops)
-    return [
-        principal_components(
-            [(t.values[i], None if i else t.visible) for t in tokens], min(size, tokens[0].values[i].shape[1])
-        )
-        for i, size in enumerate(sizes)
-    ]
+
+    def blocks(number: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for whole in opened():
+            for rows in torch.split(torch.arange(whole.view.fov.n_cells), BLOCK):
+                tokens = whole.block(rows, inputs=True)
+                yield tokens.values[number], None if number else tokens.visible
+
+    return [principal_components(partial(blocks, number), size) for number, size in enumerate(_sizes(dim, hops))]
 
 
 @torch.no_grad()
@@ -77,31 +82,35 @@ def _sizes(dim: int, hops: int) -> list[int]:
     return [dim - sum(rings), *rings]
 
 
-def principal_components(values: Sequence[tuple[Tensor, Tensor | None]], n: int) -> tuple[Tensor, Tensor]:
+def principal_components(blocks: Callable[[], Iterable[tuple[Tensor, Tensor | None]]], n: int) -> tuple[Tensor, Tensor]:
     """Leading principal components of the rows of several matrices, scaled so that the first has unit variance.
 
     Parameters
     ----------
-    values
-        Pairs of values (cells, genes) and which of them are visible, None for all. Others count as the mean.
+    blocks
+        Gives pairs of values (cells, genes) and which of them are visible, None for all, each time that it is called.
+        Others count as the mean.
     n
-        Number of components.
+        Number of components; at most as many as there are genes are given.
 
     Returns
     -------
     Components (n, genes), float64, 0 beyond those that vary, and the mean of the visible values (genes,).
     """
-    total, count = (torch.zeros(values[0][0].shape[1], dtype=torch.float64) for _ in range(2))
-    for block, visible in values:
-        total += (block if visible is None else block * visible).sum(0, dtype=torch.float64).cpu()
-        count += len(block) if visible is None else visible.sum(0).cpu()
-    mean = total / count.clamp(min=1)
+    total: Tensor | float = 0.0
+    count: Tensor | int = 0
+    for block, visible in blocks():
+        total = total + (block if visible is None else block * visible).sum(0, dtype=torch.float64).cpu()
+        count = count + (torch.tensor(len(block)) if visible is None else visible.sum(0).cpu())
+    mean = torch.as_tensor(total / torch.as_tensor(count).clamp(min=1))
     gram = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-    for block, visible in values:
+    n_cells = 0
+    for block, visible in blocks():
         centred = block - mean.to(block)
         centred = centred if visible is None else centred * visible
         gram += (centred.T @ centred).double().cpu()
-    eigenvalues, vectors = torch.linalg.eigh(gram / max(1, sum(len(block) for block, _ in values)))
+        n_cells += len(block)
+    eigenvalues, vectors = torch.linalg.eigh(gram / max(1, n_cells))
     varies = (eigenvalues > LEAST_VARIANCE)[-n:].flip(0)
     scale = eigenvalues[-1].clamp(min=LEAST_VARIANCE).sqrt()
     return vectors[:, -n:].flip(1).T * varies[:, None] / scale, mean

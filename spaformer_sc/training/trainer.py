@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -142,6 +143,13 @@ def shortened(config: Training, history: History) -> Training:
     return replace(config, n_steps=min(config.n_steps, round(1.5 * history.best_step)))
 
 
+def planned_steps(data: Sequence[FieldCounts], sampler: Sampler, config: Training) -> tuple[int, int]:
+    """Numbers of epochs and of steps of a training that does not stop early."""
+    per_epoch = sampler.steps_per_epoch(data)
+    n_epochs = max(1, round(config.n_steps / per_epoch)) if config.max_epochs is None else config.max_epochs
+    return n_epochs, n_epochs * per_epoch
+
+
 class _Watch:
     """Validates a network, remembers its best weights and the history, and says when to stop."""
 
@@ -209,6 +217,7 @@ def train(
     validate: Callable[[Network], float],
     seed: int,
     progress: Callable[[int, int, float], None],
+    ahead: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
     checkpoint: Checkpoint | None = None,
     state: str = "training",
 ) -> tuple[Network, History]:
@@ -231,6 +240,8 @@ def train(
     progress
         Called after each step with the number of steps done, of all steps (those done, when training stops early), and
         the best validation score so far, that of the weights that are kept; -inf before the first.
+    ahead
+        Iterates over the batches of an epoch, and may make them ahead of their use.
     checkpoint
         Where the state is kept between epochs, and taken up from if one is there; None for nowhere.
     state
@@ -241,9 +252,8 @@ def train(
     The network with the best (averaged) weights, and the history.
     """
     corruption, noise, features = (torch.Generator().manual_seed(seed + i) for i in range(3))
-    per_epoch = sampler.steps_per_epoch(data)
-    n_epochs = max(1, round(config.n_steps / per_epoch)) if config.max_epochs is None else config.max_epochs
-    n_steps = n_epochs * per_epoch
+    n_epochs, n_steps = planned_steps(data, sampler, config)
+    per_epoch = n_steps // n_epochs
     every = max(1, n_steps // config.n_validations)
     optimizer = _optimizer(network, config)
     base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -252,7 +262,9 @@ def train(
     network.train()
     step = first_epoch = 0
     generators = (corruption, noise, features)
-    with seeded(seed + 3, sampler.device):  # dropout draws from the global generator
+    # Dropout draws from the global generator, which other threads may use otherwise.
+    draws = network.config.dropout > 0
+    with seeded(seed + 3, sampler.device) if draws else nullcontext():
         kept = None if checkpoint is None else checkpoint.load(state)
         if kept is not None:
             step, first_epoch = kept["step"], kept["epoch"]
@@ -264,9 +276,10 @@ def train(
             watch.restore(kept["watch"])
             for generator, at in zip(generators, kept["generators"], strict=True):
                 generator.set_state(at)
-            set_random_state(kept["dropout"], sampler.device)
+            if draws:
+                set_random_state(kept["dropout"], sampler.device)
         for epoch in range(first_epoch, n_epochs):
-            if checkpoint is not None and checkpoint.due:
+            if checkpoint is not None and checkpoint.due(state):
                 now = {
                     "step": step,
                     "epoch": epoch,
@@ -276,10 +289,10 @@ def train(
                     "n_updates": average.n_updates if average else 0,
                     "watch": watch.state(),
                     "generators": [generator.get_state() for generator in generators],
-                    "dropout": random_state(sampler.device),
+                    "dropout": random_state(sampler.device) if draws else [],
                 }
                 checkpoint.save(state, now)
-            for batch in sampler.epoch(data, corruption, (epoch / n_epochs, (epoch + 1) / n_epochs)):
+            for batch in ahead(sampler.epoch(data, corruption, (epoch / n_epochs, (epoch + 1) / n_epochs))):
                 factor = learning_rate_factor(step, n_steps, config)
                 for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
