@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,3 +45,33 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(fresh, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def lock(file: int) -> None:
+    """Lock an open file against whoever else calls this; its end is that of the process, or when the file is closed.
+
+    Parameters
+    ----------
+    file
+        Descriptor, open for writing.
+
+    Raises
+    ------
+    BlockingIOError
+        If another has locked it.
+    OSError
+        If the file system cannot lock.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise BlockingIOError(error.errno, "locked by another") from error
+        raise

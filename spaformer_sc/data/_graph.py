@@ -17,6 +17,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import QhullError
 
+from spaformer_sc._cache import remembered
 from spaformer_sc._checks import check_choice, check_graph, check_integer, check_positive
 from spaformer_sc._logging import logger
 
@@ -86,13 +87,29 @@ def spatial_graph(
     if n < 2:
         return sparse.csr_matrix((n, n), dtype=np.float32)
     points = points - (points.min(axis=0) + points.max(axis=0)) / 2
+    graph, is_triangulated = remembered(_graph, points, method, n_neighbors, radius)
+    if method == "delaunay" and not is_triangulated:
+        logger.warning(
+            "%d cells on one line or in one place have no Delaunay triangulation: they are joined to their %d nearest "
+            "neighbours.",
+            n,
+            min(_SCALE_NEIGHBORS, n - 1),
+        )
+    return graph
+
+
+def _graph(
+    points: npt.NDArray[np.float64], method: str, n_neighbors: int, radius: float | None
+) -> tuple[sparse.csr_matrix, bool]:
+    """Graph of two or more cells, and whether it is a triangulation."""
+    is_triangulated = False
     if method == "knn":
         graph = _nearest(points, n_neighbors)[0]
     elif method == "radius":
         graph = _squidpy("spatial_neighbors_radius", points, radius=radius)[0]
     else:
-        graph = _delaunay(points)
-    return _symmetric(graph)
+        graph, is_triangulated = _delaunay(points)
+    return _symmetric(graph), is_triangulated
 
 
 def _nearest(points: npt.NDArray[np.float64], n_neighbors: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
@@ -100,22 +117,16 @@ def _nearest(points: npt.NDArray[np.float64], n_neighbors: int) -> tuple[sparse.
     return _squidpy("spatial_neighbors_knn", points, n_neighs=min(n_neighbors, len(points) - 1))
 
 
-def _delaunay(points: npt.NDArray[np.float64]) -> sparse.csr_matrix:
-    """Delaunay graph without its overlong edges; nearest neighbours where there is no triangulation."""
+def _delaunay(points: npt.NDArray[np.float64]) -> tuple[sparse.csr_matrix, bool]:
+    """Delaunay graph without its overlong edges, and True; nearest neighbours, False, without a triangulation."""
     n = len(points)
     nearest, distances = _nearest(points, _SCALE_NEIGHBORS)
     axes = np.ptp(points, axis=0) > 0
     if n <= axes.sum() + 1:
-        return nearest  # a single simplex: all cells are joined
+        return nearest, True  # a single simplex: all cells are joined
     triangulated = _triangulate(points[:, axes])
     if triangulated is None:
-        logger.warning(
-            "%d cells on one line or in one place have no Delaunay triangulation: they are joined to their %d nearest "
-            "neighbours.",
-            n,
-            min(_SCALE_NEIGHBORS, n - 1),
-        )
-        return nearest
+        return nearest, False
     row, column = triangulated.row, triangulated.col
     scale = distances.max(axis=1).toarray().ravel()
     length = np.linalg.norm(points[row] - points[column], axis=1)
@@ -123,7 +134,7 @@ def _delaunay(points: npt.NDArray[np.float64]) -> sparse.csr_matrix:
     left_out = np.ones(n, dtype=bool)
     left_out[row] = False
     graph = sparse.csr_matrix((np.ones(kept.sum(), np.float32), (row[kept], column[kept])), shape=(n, n))
-    return graph + sparse.diags(left_out.astype(np.float32)) @ nearest
+    return graph + sparse.diags(left_out.astype(np.float32)) @ nearest, True
 
 
 def _triangulate(points: npt.NDArray[np.float64]) -> sparse.coo_matrix | None:

@@ -21,6 +21,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from spaformer_sc._cache import remembered
 from spaformer_sc.positional._base import PositionalEncoding
 
 LAPLACIAN_FEATURES = ("laplacian_vectors", "laplacian_values", "laplacian_mask")
@@ -118,7 +119,7 @@ def _smoothest(laplacian: sparse.csc_array, count: int) -> tuple[NDArray[np.floa
 
 def laplacian_features(data: Data, k: int) -> dict[str, Tensor]:
     """Return the `LAPLACIAN_FEATURES` of one FOV, each ``(n, k)``, see `laplacian_eigenvectors`."""
-    results = laplacian_eigenvectors(data.edge_index, data.num_nodes, k, data.edge_weight)
+    results = remembered(laplacian_eigenvectors, data.edge_index, data.num_nodes, k, data.edge_weight)
     return dict(zip(LAPLACIAN_FEATURES, results))
 
 

@@ -16,6 +16,7 @@ from scipy import sparse
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from spaformer_sc._cache import remembered
 from spaformer_sc.positional._base import PositionalEncoding
 
 _ROWS = 4096
@@ -101,9 +102,8 @@ class RandomWalkEncoding(PositionalEncoding):
         self.linear = nn.Linear(k, dim, bias=False)
 
     def features(self, data: Data) -> dict[str, Tensor]:
-        return {
-            "landing_probabilities": landing_probabilities(data.edge_index, data.num_nodes, self.k, data.edge_weight)
-        }
+        found = remembered(landing_probabilities, data.edge_index, data.num_nodes, self.k, data.edge_weight)
+        return {"landing_probabilities": found}
 
     def forward(
         self,

@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from spaformer_sc._files import lock
 from spaformer_sc._logging import logger
 
 RUN = "run.json"
 """File that says what run the states are of."""
+
+FRESH = "run.json.fresh"
+"""The same while it is written."""
+
+LOCK = "lock"
+"""Empty file that a run keeps locked as long as it writes; the system unlocks it when the process ends or is killed."""
 
 INTERVAL = 30.0
 """Seconds between two states of a training that are kept, at least."""
@@ -39,6 +48,7 @@ class Checkpoint:
         self._folder, self._resume, self._choices = folder, resume, choices
         self._begin, self._saved = time.monotonic(), dict[str, float]()
         self._begun = False
+        self._lock: BinaryIO | None = None
 
     def begin(self, found: dict[str, Any]) -> None:
         """Make the folder, or check that what is there belongs to the same run.
@@ -51,9 +61,12 @@ class Checkpoint:
         Raises
         ------
         ValueError
-            If the states are of other data or choices.
+            If the states are of other data or choices, or another run is writing them.
         """
         run = json.loads(json.dumps({**self._choices, **found}))
+        if self._folder.exists() and self._kept_run() is None and any(p.name != FRESH for p in self._content()):
+            raise ValueError(f"{self._folder} is in the way of what this run keeps; move it elsewhere.")
+        self._hold()
         kept = self._kept_run()
         if self._resume and kept is not None:
             different = [name for name in sorted(run.keys() | kept.keys()) if run.get(name) != kept.get(name)]
@@ -64,11 +77,8 @@ class Checkpoint:
                 )
             logger.info("going on with the run in %s", self._folder)
         else:
-            if kept is None and self._folder.exists() and any(self._folder.iterdir()):
-                raise ValueError(f"{self._folder} is in the way of what this run keeps; move it elsewhere.")
-            self._remove()
-            self._folder.mkdir()
-            fresh = self._folder / f"{RUN}.fresh"
+            self._clear()
+            fresh = self._folder / FRESH
             fresh.write_text(json.dumps(run), encoding="utf-8")
             os.replace(fresh, self._folder / RUN)
         self._begun = True
@@ -81,23 +91,66 @@ class Checkpoint:
             return None
         return kept if isinstance(kept, dict) and {"version", "data"} <= kept.keys() else None
 
-    def _remove(self) -> None:
-        """Remove the folder; a kill on the way leaves nothing that looks like a run."""
+    def _hold(self) -> None:
+        """Make the folder and lock it against other runs."""
+        while self._lock is None:
+            self._folder.mkdir(exist_ok=True)
+            try:
+                file = (self._folder / LOCK).open("ab")
+            except FileNotFoundError:
+                continue  # the run that had the folder has just removed it
+            try:
+                lock(file.fileno())
+            except BlockingIOError:
+                file.close()
+                raise ValueError(
+                    f"another run is writing {self._folder}: wait for its end, or choose another `output_path`."
+                ) from None
+            except OSError as error:
+                logger.warning(
+                    "%s cannot be locked (%s): make sure that no other run writes there.", self._folder, error
+                )
+            self._lock = file
+            try:
+                is_there = os.path.samestat(os.fstat(file.fileno()), os.stat(self._folder / LOCK))
+            except FileNotFoundError:
+                is_there = False
+            if not is_there:
+                file.close()
+                self._lock = None
+
+    def _content(self) -> list[Path]:
+        return [path for path in self._folder.iterdir() if path.name != LOCK]
+
+    def _clear(self) -> None:
+        """Empty the folder; a kill on the way leaves nothing that looks like a run."""
         (self._folder / RUN).unlink(missing_ok=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for path in self._content():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         """Remove the folder, unless the run was interrupted after it had done something."""
-        if not self._begun:
+        if self._lock is None:
             return
-        done = (path for path in self._folder.rglob("*") if path.is_file() and path.stat().st_size)
-        if failed is not None and any(path.name != RUN for path in done):
-            logger.warning("what the run has done is in %s; resume=True goes on from there.", self._folder)
-        else:
-            self._remove()
+        with self._lock:
+            if not self._begun:
+                return
+            done = (path for path in self._folder.rglob("*") if path.is_file() and path.stat().st_size)
+            if failed is not None and any(path.name != RUN for path in done):
+                logger.warning("what the run has done is in %s; resume=True goes on from there.", self._folder)
+                return
+            self._clear()
+            if sys.platform == "win32":  # where an open file cannot be removed
+                self._lock.close()
+            with suppress(OSError):  # another run may begin as soon as the lock is gone
+                (self._folder / LOCK).unlink()
+                self._folder.rmdir()
 
     def due(self, name: str) -> bool:
         """Whether the last state of a name was kept long enough ago for another."""
