@@ -16,7 +16,7 @@ from spaformer_sc.data._fields import FieldOfView
 from spaformer_sc.nn.masking import Corrupted, MaskingRates, MaskingSchedule, SparseCounts, corrupt, depth, nothing
 from spaformer_sc.nn.network import Network, Positions, Tokens
 
-BUFFER_BYTES = 400 * 2**20
+BUFFER_BYTES = 96 * 2**20
 """Memory for the corrupted views of the FOVs that are shuffled together."""
 
 
@@ -103,27 +103,28 @@ class View:
     ----------
     fov
         The field of view.
-    corrupted
-        Its corruption.
     counts, target
         Visible counts and counts asked for (cells, genes).
     values
         Normalised expression (cells, genes), 0 where hidden.
     shown
         1 where an entry is visible (cells, genes), or None when all are.
-    depth
-        Depth estimated from the visible counts (cells,).
+    depth, target_depth
+        Depth estimated from the visible counts, and that of the target (cells,).
+    masks
+        ``visible``, ``asked`` and ``measured`` of :class:`~spaformer_sc.nn.masking.Corrupted`.
     typical
         Values (genes,) that stand for hidden entries; None for 0.
     """
 
     fov: FieldOfView
-    corrupted: Corrupted
     counts: sp.csr_matrix
     target: sp.csr_matrix
     values: Tensor
     shown: Tensor | None
     depth: Tensor
+    target_depth: Tensor
+    masks: dict[str, Tensor | None]
     typical: Tensor | None
 
     @classmethod
@@ -137,23 +138,25 @@ class View:
     ) -> View:
         """Take depth and normalised expression from what is visible."""
         counts, visible = corrupted.counts.csr(), corrupted.visible
+        asked = corrupted.target.values.numpy()
+        target = sp.csr_matrix((asked, counts.indices, counts.indptr), shape=counts.shape, copy=False)
         seen = depth(corrupted.counts.total(), visible, gene_share)
-        scale = target_sum / seen.clamp(min=1e-6)
         values = torch.from_numpy(counts.toarray())
-        values.mul_(scale[:, None]).log1p_()
+        values.mul_((target_sum / seen.clamp(min=1e-6))[:, None]).log1p_()
         shown = None if visible is None else visible.to(torch.float32)
-        return cls(fov, corrupted, counts, corrupted.target.csr(), values, shown, seen, typical)
+        masks = {"visible": visible, "asked": corrupted.asked, "measured": corrupted.measured}
+        return cls(fov, counts, target, values, shown, seen, corrupted.target_depth, masks, typical)
 
     def inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Expression of some cells and its mean over each of their rings of neighbours (cells, genes each)."""
-        visible = None if self.corrupted.visible is None else self.corrupted.visible[rows]
+        visible = None if self.masks["visible"] is None else self.masks["visible"][rows]
         rings = [ring[rows.numpy()] for ring in self.fov.rings]
         around = neighbour_values(self.values, self.shown, rings, self.typical)
         return stand_in(self.values[rows], visible, self.typical), *around
 
     def mask(self, name: str, rows: Tensor) -> Tensor:
-        """Some rows of one of the masks of the corruption (cells, genes)."""
-        found: Tensor | None = getattr(self.corrupted, name)
+        """Some rows of one of the masks (cells, genes)."""
+        found = self.masks[name]
         return torch.ones((len(rows), self.counts.shape[1]), dtype=torch.bool) if found is None else found[rows]
 
 
@@ -223,7 +226,7 @@ def _joined(parts: Iterable[Tensor], device: torch.device) -> Tensor:
 
 def _masks(pieces: Pieces, name: str, device: torch.device) -> Tensor | None:
     """Join masks; one masked FOV in the batch means that every FOV needs its mask."""
-    if all(getattr(v.corrupted, name) is None for v, _ in pieces):
+    if all(v.masks[name] is None for v, _ in pieces):
         return None
     return _joined((v.mask(name, rows) for v, rows in pieces), device)
 
@@ -268,7 +271,7 @@ def collate(pieces: Pieces, *, positional: str | None, graph: bool, device: torc
     return Batch(
         tokens_of(pieces, positional=positional, graph=graph, device=device),
         _joined((_dense(v.target, rows) for v, rows in pieces), device),
-        _joined((v.corrupted.target_depth[rows] for v, rows in pieces), device),
+        _joined((v.target_depth[rows] for v, rows in pieces), device),
         _masks(pieces, "asked", device),
         _masks(pieces, "measured", device),
     )
@@ -455,4 +458,4 @@ class Sampler:
     def _cost(sequence: FieldCounts) -> int:
         """Bytes of a corrupted view: dense values, counts and target at the places of counts, masks where there are."""
         n_cells, n_genes = sequence.counts.shape
-        return int(n_cells * n_genes) * (4 if sequence.measured is None else 11) + 40 * int(sequence.counts.nnz)
+        return int(n_cells * n_genes) * (4 if sequence.measured is None else 11) + 12 * int(sequence.counts.nnz)
