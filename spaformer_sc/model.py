@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from ._logging import logger
 from ._memory import state_memory
 from ._saved import read_model, write_model
 from ._threads import wait_patiently
+from .training.ranks import ALONE, Ranks, join, launch, launched
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +174,7 @@ class SpaFormer:
         The model; as in :func:`spaformer_sc.tl.impute`.
     graph, n_neighbors, radius, tile_size
         Spatial graphs and tiles; as in :func:`spaformer_sc.tl.impute`.
-    device, random_state, progress
+    device, devices, random_state, progress
         As in :func:`spaformer_sc.tl.impute`.
 
     Attributes
@@ -226,6 +228,7 @@ class SpaFormer:
         radius: float | None = None,
         tile_size: int = 4000,
         device: str = "auto",
+        devices: int = 1,
         random_state: int = 0,
         progress: bool = True,
     ) -> None:
@@ -241,6 +244,8 @@ class SpaFormer:
         self.random_state = _checks.check_integer("random_state", random_state, minimum=0)
         self.progress = _checks.check_flag("progress", progress)
         self.device = device
+        self.devices = _checks.check_devices(devices)
+        self._ranks = ALONE
         self._chosen: Settings = resolve(
             preset=preset,
             quality=quality,
@@ -416,6 +421,7 @@ class SpaFormer:
             embed=True,
             back=output == "lognorm" and self.posterior is not None,
             shown=True,
+            ranks=self._ranks,
         )
         if loaded.cells is not None:
             self._spread_cell_scores(loaded.cells, gathered.embedding)
@@ -430,15 +436,20 @@ class SpaFormer:
         kept: int = 0,
     ) -> tuple[Opened, Loaded]:
         device = resolve_device(self.device)
+        _checks.check_kind_of_devices(self.devices, device)
         _checks.check_adata(adata)
         opened = self._open(adata, keys, None if start is None else self._columns(adata))
         names = pd.Index(adata.var_names.astype(str)) if start is None else self.var_names
         _checks.describe_empty(opened.counts)
         loaded = self._take(opened, max(LEAST_FITTED, FITTED_ENTRIES // adata.n_vars))
+        _checks.check_enough_cells(self.devices, loaded.counts.shape[0])
         self._state_memory(loaded, kept)
+        self._ranks = join(device) if self.devices > 1 and launched() else ALONE
         if checkpoint is not None:
+            checkpoint.writes = self._ranks.first
             data = opened.digest(adata.var_names)
             checkpoint.begin({"version": __version__, "data": data, "device": device.type})
+            self._ranks.wait()
         # From here on the earlier fit is gone: were this one interrupted, the model would be unfitted, not half fitted.
         self.var_names = None
         self.keys = keys
@@ -483,11 +494,7 @@ class SpaFormer:
         return s.decoder == "poisson" or s.decoder == "gaussian" or (s.decoder == "nb" and not dispersed)
 
     def _fit(self, loaded: Loaded, device: torch.device, checkpoint: Checkpoint | None, start: Start | None) -> None:
-        import torch
-
         from .data._split import gene_shares, hold_out, hold_out_entries, typical_values
-        from .training.mixing import HeldCounts, HeldEntries
-        from .training.posterior import fit_shape_where_missing
         from .training.sequences import sequences
 
         counts = self._integer_counts(loaded.counts)
@@ -497,7 +504,7 @@ class SpaFormer:
             test=TEST_SHARE,
             rng=np.random.default_rng(derived_seed(self.random_state, "held out")),
         )
-        missing, train = loaded.missing, split.train
+        missing, train, held_out = loaded.missing, split.train, None
         if loaded.missing is not None:
             rng = np.random.default_rng(derived_seed(self.random_state, "held entries"))
             held_out = hold_out_entries(train, loaded.missing, loaded.images, HELD_ENTRIES, rng)
@@ -516,16 +523,42 @@ class SpaFormer:
         by_fov = self.settings.dispersion == "gene_fov"
         self._fovs = tuple(dict.fromkeys(f.image for f in loaded.fields)) if by_fov else ()
         data = sequences(loaded.fields, train, missing)
+        if self.devices > self._ranks.size:
+            work = (self, data, split, held_out, checkpoint, start)
+            shape_where_missing, found = launch(_trained, *work, devices=self.devices, device=device)
+            for name, value in found.items():
+                setattr(self, name, value)
+            self._networks = [network.to(device) for network in self._networks]
+        else:
+            shape_where_missing = self._train(data, split, held_out, device, checkpoint, start, self._ranks)
+        self._score(split, loaded, shape_where_missing)
+
+    def _train(
+        self,
+        data: list[FieldCounts],
+        split: HeldOut,
+        held_out: NDArray[np.bool_] | None,
+        device: torch.device,
+        checkpoint: Checkpoint | None,
+        start: Start | None,
+        ranks: Ranks,
+    ) -> tuple[float, float] | None:
+        """Train the networks on ``data``; return the shape of what is known of missing entries, None without any."""
+        import torch
+
+        from .training.mixing import HeldCounts, HeldEntries
+        from .training.posterior import fit_shape_where_missing
+
         sampler = self._sampler(device)
         draw = torch.Generator().manual_seed(derived_seed(self.random_state, "validation"))
         validated = sampler.some_whole(data, draw, VALIDATED_CELLS)
         entries = None
-        if loaded.missing is None:
+        if held_out is None:
             held = HeldCounts(validated, split.validation, self._shares)
         else:
             held = HeldCounts(validated, _without(split.validation, held_out), self._shares)
             entries = HeldEntries(validated, split.train, held_out, self._shares, self._model_sum)
-        histories = self._train_networks(data, sampler, held, entries, device, checkpoint, start)
+        histories = self._train_networks(data, sampler, held, entries, device, checkpoint, start, ranks)
         self.history = {
             "network": [float(i) for i, h in enumerate(histories) for _ in h.step],
             **{
@@ -533,13 +566,10 @@ class SpaFormer:
                 for name in ("step", "epoch", "loss", "validation")
             },
         }
-        shape_where_missing = None
-        if entries is not None and self.settings.decoder != "gaussian":
-            expected = entries.expected(self._networks, self._weights[1])
-            shape_where_missing = fit_shape_where_missing(expected, entries.counts)
-        del held, entries
-        validated.clear()
-        self._score(sampler, split, loaded, shape_where_missing)
+        if entries is None or self.settings.decoder == "gaussian":
+            return None
+        expected = entries.expected(self._networks, self._weights[1])
+        return fit_shape_where_missing(expected, entries.counts)
 
     def _train_networks(
         self,
@@ -550,6 +580,7 @@ class SpaFormer:
         device: torch.device,
         checkpoint: Checkpoint | None,
         start: Start | None,
+        ranks: Ranks,
     ) -> list[History]:
         """Train the networks; what is held out chooses their form, how long they train, and their weights."""
         from .metrics import mixture_weights
@@ -564,7 +595,7 @@ class SpaFormer:
         mixing = s.mixing and held.enough
         if entries is not None and not entries.enough:
             entries = None
-        validate = held.gain if entries is None else entries.gain
+        validate = partial(held.gain if entries is None else entries.gain, ranks=ranks)
         whole = [tokens for _, tokens in held.fields]
         widest = max(in_form(s, form).dim for form in candidates)
         components = token_components(whole, widest, s.hops) if s.pca_start and start is None else None
@@ -592,7 +623,7 @@ class SpaFormer:
                 network.load_state_dict(kept["weights"])
                 trained, history = network.eval(), History(**kept["history"])
             else:
-                with ProgressBar(label, self.progress) as bar:
+                with ProgressBar(label, self.progress and ranks.first) as bar:
                     trained, history = train(
                         network,
                         data,
@@ -603,6 +634,7 @@ class SpaFormer:
                         progress=bar.update,
                         checkpoint=checkpoint,
                         state=f"training_{number}",
+                        ranks=ranks,
                     )
                 if checkpoint is not None:
                     checkpoint.save(f"network_{number}", {"weights": trained.state_dict(), "history": vars(history)})
@@ -638,9 +670,7 @@ class SpaFormer:
             "weight_where_missing": self._weights[1].tolist(),
         }
 
-    def _score(
-        self, sampler: Sampler, split: HeldOut, loaded: Loaded, shape_where_missing: tuple[float, float] | None
-    ) -> None:
+    def _score(self, split: HeldOut, loaded: Loaded, shape_where_missing: tuple[float, float] | None) -> None:
         """Score the rates predicted from the training part on the test part, overall and per gene.
 
         And fit the posterior to the validation part.
@@ -655,7 +685,9 @@ class SpaFormer:
         def read(field: FieldOfView) -> FieldCounts:
             return sequences([field], train, missing)[0]
 
-        self._predict(loaded.fields, read, found, output="rate", target_sum=1.0, genes=None, embed=True)
+        self._predict(
+            loaded.fields, read, found, output="rate", target_sum=1.0, genes=None, embed=True, ranks=self._ranks
+        )
         rates = found.expression
         rng = np.random.default_rng(derived_seed(self.random_state, "groups of cells"))
         self.scores, self.gene_scores, gains = held_out_scores(split.test, rates, train, missing, rng)
@@ -823,19 +855,27 @@ class SpaFormer:
         embed: bool,
         back: bool = False,
         shown: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Predict FOV by FOV, those that are not gathered yet; networks are averaged in the scale asked for.
 
-        With ``back``, for log-normalised values, also find what leads from these back to expected counts.
+        With ``back``, for log-normalised values, also find what leads from these back to expected counts. Ranks divide
+        the FOVs, each to the one that has fewest cells so far, and all get the whole.
         """
         from .training.progress import ProgressBar
 
         sampler = self._sampler(resolve_device(self.device))
-        done = 0
-        with ProgressBar("imputing", self.progress and shown, unit="cell") as bar:
+        done = n_fields = 0
+        load = np.zeros(ranks.size, dtype=np.int64)
+        with ProgressBar("imputing", self.progress and shown and ranks.first, unit="cell") as bar:
             for number, field in enumerate(fields):
                 inside = np.flatnonzero(field.weight > 0)
-                if not gathered.has(number):
+                whose = int(load.argmin())
+                load[whose] += field.n_cells
+                n_fields += 1
+                if whose != ranks.rank:
+                    gathered.leave(len(inside))
+                elif not gathered.has(number):
                     n_some = 0
                     if back:
                         n_some = -(-LED_BACK * len(inside) // gathered.n_cells)
@@ -847,6 +887,8 @@ class SpaFormer:
                     gathered.add(number, field.cells[inside], field.weight[inside], block)
                 done += int(field.own.sum())
                 bar.update(done, gathered.n_cells)
+        if ranks.size > 1:
+            gathered.unite(n_fields, ranks)
 
     def _predict_field(
         self,
@@ -1149,6 +1191,7 @@ class SpaFormer:
             "radius": self.radius,
             "tile_size": self.tile_size,
             "random_state": self.random_state,
+            "devices": self.devices,
             "fractional": self.fractional,
             "model": {key: value for key, value in s.items() if key != "training"},
             "training": s["training"],
@@ -1279,6 +1322,23 @@ class SpaFormer:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{os.fspath(path)} is damaged or not a saved model: {error}") from error
         return model
+
+
+def _trained(
+    ranks: Ranks,
+    model: SpaFormer,
+    data: list[FieldCounts],
+    split: HeldOut,
+    held_out: NDArray[np.bool_] | None,
+    checkpoint: Checkpoint | None,
+    start: Start | None,
+) -> tuple[tuple[float, float] | None, dict[str, Any]]:
+    """Train the networks of a model in a process started for it; return what :meth:`SpaFormer._train` sets."""
+    if checkpoint is not None:
+        checkpoint.writes = ranks.first
+    shape = model._train(data, split, held_out, ranks.device, checkpoint, start, ranks)
+    model._networks = [network.cpu() for network in model._networks]
+    return shape, {name: getattr(model, name) for name in ("_networks", "_forms", "_weights", "history")}
 
 
 def resolve_device(device: str) -> torch.device:

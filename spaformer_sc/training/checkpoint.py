@@ -33,12 +33,18 @@ class Checkpoint:
         Go on from the states that are there; otherwise they are removed when the run begins.
     choices
         What was asked for, numbers, strings, lists and dictionaries: a run goes on only where it is the same.
+
+    Attributes
+    ----------
+    writes
+        Whether this process changes the folder; of several that train together only one does, and the others read.
     """
 
     def __init__(self, folder: Path, *, resume: bool, choices: dict[str, Any]) -> None:
         self._folder, self._resume, self._choices = folder, resume, choices
         self._saved = time.monotonic()
         self._begun = False
+        self.writes = True
 
     def begin(self, found: dict[str, Any]) -> None:
         """Make the folder, or check that what is there belongs to the same run.
@@ -53,6 +59,8 @@ class Checkpoint:
         ValueError
             If the states are of other data or choices.
         """
+        if not self.writes:
+            return
         run = json.loads(json.dumps({**self._choices, **found}))
         kept = self._kept_run()
         if self._resume and kept is not None:
@@ -102,10 +110,12 @@ class Checkpoint:
     @property
     def due(self) -> bool:
         """Whether the last state was kept long enough ago for another."""
-        return time.monotonic() - self._saved >= INTERVAL
+        return self.writes and time.monotonic() - self._saved >= INTERVAL
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Keep a state under a name in place of an earlier one."""
+        if not self.writes:
+            return
         fresh = self._folder / f"{name}.fresh"
         with open(fresh, "wb") as file:
             torch.save(state, file)
@@ -133,4 +143,5 @@ class Checkpoint:
 
     def drop(self, name: str) -> None:
         """Forget the state of a name."""
-        (self._folder / f"{name}.pt").unlink(missing_ok=True)
+        if self.writes:
+            (self._folder / f"{name}.pt").unlink(missing_ok=True)

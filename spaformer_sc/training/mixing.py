@@ -15,6 +15,7 @@ from spaformer_sc.metrics import mixture_weights
 from spaformer_sc.nn.decoders import CountDecoder
 from spaformer_sc.nn.network import Network, Tokens
 
+from .ranks import ALONE, Ranks, largest_first
 from .scoring import FLOOR, GainSum
 from .sequences import FieldCounts
 
@@ -57,13 +58,14 @@ class HeldCounts:
         return float(self.counts.sum()) >= LEAST_COUNTS
 
     @torch.inference_mode()
-    def gain(self, network: Network) -> float:
-        """Poisson gain of a network over gene means, in nats per held-out transcript."""
+    def gain(self, network: Network, ranks: Ranks = ALONE) -> float:
+        """Poisson gain of a network over gene means, in nats per held-out transcript; ranks divide the FOVs."""
         total = GainSum(self._gene_share)
-        for sequence, tokens in self.fields:
+        for number in _of_rank(self.fields, ranks):
+            sequence, tokens = self.fields[number]
             share = network.decoder.share(network(tokens).decoded).cpu().numpy()
             total.add(share, self._held[sequence.fov.cells], sequence.fov.own, sequence.measured)
-        return total.value
+        return total.over(ranks).value
 
     @torch.inference_mode()
     def parts(self, network: Network) -> NDArray[np.float64]:
@@ -131,12 +133,15 @@ class HeldEntries:
         return sum(float(count.sum()) for count in self._counts) >= LEAST_COUNTS
 
     @torch.inference_mode()
-    def gain(self, network: Network) -> float:
-        """Poisson gain of a network over gene means, each with the depth that it infers, per held-out transcript."""
+    def gain(self, network: Network, ranks: Ranks = ALONE) -> float:
+        """Poisson gain of a network over gene means, each with the depth that it infers, per held-out transcript.
+
+        Ranks divide the FOVs.
+        """
         gain = total = 0.0
-        for (_, tokens), (rows, cols), count, null in zip(
-            self.fields, self._entries, self._counts, self._null, strict=True
-        ):
+        for number in _of_rank(self.fields, ranks):
+            _, tokens = self.fields[number]
+            (rows, cols), count, null = self._entries[number], self._counts[number], self._null[number]
             share = network.decoder.share(network(tokens).decoded)
             # As in GainSum: a decoder that says exactly 0 can be compared too.
             share = torch.maximum(share, FLOOR * self._gene_share.to(share))
@@ -144,6 +149,7 @@ class HeldEntries:
             ratio = torch.where(count > 0, torch.log(expected / null), 0.0)
             gain += float((count * ratio - expected + null).sum(dtype=torch.float64))
             total += float(count.sum(dtype=torch.float64))
+        gain, total = ranks.sum(gain, total)
         return gain / total if total else math.nan
 
     @torch.inference_mode()
@@ -183,6 +189,13 @@ class HeldEntries:
         target = np.append(np.linalg.solve(root, moment), scale)
         weights, _ = nnls(design, target)
         return np.asarray(weights / weights.sum())
+
+
+def _of_rank(fields: Sequence[tuple[FieldCounts, Tokens]], ranks: Ranks) -> list[int]:
+    """Numbers of the FOVs that are this rank's, about equally many cells each."""
+    given = largest_first([sequence.fov.n_cells for sequence, _ in fields], ranks.size)
+    found: list[int] = np.flatnonzero(given == ranks.rank).tolist()
+    return found
 
 
 def mix_in_own_counts(network: Network, held: HeldCounts) -> NDArray[np.float64]:

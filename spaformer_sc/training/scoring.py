@@ -17,6 +17,7 @@ from spaformer_sc.metrics import (
     poisson_gain_per_gene,
 )
 
+from .ranks import Ranks
 from .reliability import GAINS, LEVELS, reliability
 
 FLOOR = 0.01
@@ -41,6 +42,11 @@ class GainSum:
         self._null = gene_share.astype(np.float64)
         self._gain = 0.0
         self._total = 0.0
+
+    def over(self, ranks: Ranks) -> GainSum:
+        """Take in what the other ranks have summed."""
+        self._gain, self._total = ranks.sum(self._gain, self._total)
+        return self
 
     def add(
         self,
