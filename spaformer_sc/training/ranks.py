@@ -12,9 +12,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -95,22 +93,9 @@ class Ranks:
             self._fabric.barrier()
 
     def averaging(self, module: nn.Module) -> nn.Module:
-        """Wrap a module so that the gradients of its parameters become their means over the ranks.
-
-        Which parameters a batch leaves out may differ between ranks and steps.
-        """
+        """Wrap a module so that the gradients of its parameters, all of them used, become means over the ranks."""
         wrapped: nn.Module = self._fabric.setup_module(module)
         return wrapped
-
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Leave out torch's advice on looking for unused parameters, which some batches have and others have not."""
-        if self._fabric is None:
-            yield
-            return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
-            yield
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Mean of a number over the ranks; the same on all to the last bit."""
@@ -257,7 +242,7 @@ def _connected(device: torch.device, here: int, n_machines: int, environment: An
         accelerator=device.type,
         devices=here,
         num_nodes=n_machines,
-        strategy=DDPStrategy(find_unused_parameters=True),  # some weights are not used in some batches
+        strategy=DDPStrategy(),
         plugins=environment,
     )
     fabric.launch()
