@@ -485,6 +485,7 @@ class SpaFormer:
             n_decoded=10 if self._decodes_little(loaded.missing is not None) else 14,
             masked=loaded.missing is not None,
             kept=kept,
+            n_workers=self.devices if self.devices > 1 and not launched() else 0,
         )
 
     def _decodes_little(self, missing: bool) -> bool:

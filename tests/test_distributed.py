@@ -29,7 +29,7 @@ from tests.test_network import CPU, awake, network, sampler, tissue
 from tests.test_training import silent
 
 QUICK = {"library_key": "fov", "quality": "fast", "max_epochs": 40, "progress": False, "random_state": 1}
-LIMIT = 100
+LIMIT = 300
 lightning = pytest.mark.skipif(find_spec("lightning") is None, reason="Lightning is not installed")
 
 

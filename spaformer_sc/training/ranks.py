@@ -325,7 +325,8 @@ def _work(
     from lightning.fabric.plugins.environments import LightningEnvironment
 
     torch.set_num_threads(threads)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     logger.propagate = False
     logger.setLevel(level)
     logger.addHandler(logging.handlers.QueueHandler(records) if rank == 0 else logging.NullHandler())
