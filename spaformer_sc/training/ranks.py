@@ -12,7 +12,9 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from .sequences import FieldCounts
 
 ItemT = TypeVar("ItemT")
-WORK, RESULT = "work.pickle", "result.pickle"
+WORK, RESULT, ERROR = "work.pickle", "result.pickle", "error.txt"
 
 
 class Ranks:
@@ -299,7 +301,9 @@ def launch(function: Callable[..., ItemT], *arguments: Any, devices: int, device
             while not started.join():
                 pass
         except (ProcessRaisedException, ProcessExitedException) as error:
-            raise RuntimeError(f"one of {devices} training processes failed, and all were ended: {error}") from None
+            cause = Path(folder, ERROR)
+            said = cause.read_text(encoding="utf-8") if cause.exists() else str(error)
+            raise RuntimeError(f"one of {devices} training processes failed, and all were ended: {said}") from None
         finally:
             for process in started.processes:
                 process.kill()
@@ -334,7 +338,13 @@ def _work(
     ranks = _connected(device, devices, 1, LightningEnvironment())
     with open(Path(folder, WORK), "rb") as file:
         function, arguments = pickle.load(file)
-    found = function(ranks, *arguments)
+    try:
+        found = function(ranks, *arguments)
+    except Exception:
+        # Others fail because this one is gone; what the first to fail says is kept.
+        with suppress(FileExistsError), open(Path(folder, ERROR), "x", encoding="utf-8") as file:
+            file.write(traceback.format_exc())
+        raise
     if ranks.first:
         with open(Path(folder, RESULT), "wb") as file:
             pickle.dump(found, file)
