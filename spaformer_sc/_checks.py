@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.util
 import numbers
 import sys
 import warnings
@@ -23,6 +24,7 @@ from scipy import sparse
 from spaformer_sc._keys import Keys
 from spaformer_sc._logging import logger
 from spaformer_sc.data._counts import Counts, add_to, in_memory, sums
+from spaformer_sc.training.ranks import being_started, launched
 
 #: Share of fractional values from which a matrix counts as fractional throughout.
 _FRACTIONAL_THROUGHOUT = 0.99
@@ -32,6 +34,9 @@ _LARGEST_LOG = 20.0
 _CELLS_LOOKED_AT = 2000
 #: Entries of a file that are checked at a time.
 _SCANNED = 16_000_000
+
+
+_EXTRA = "pip install 'spaformer_sc[distributed]'"
 
 
 # --- small helpers ----------------------------------------------------------------------------------------------------
@@ -105,6 +110,75 @@ def check_integer(name: str, value: Any, *, minimum: int = 1) -> int:
     if value < minimum:
         raise ValueError(f"`{name}={value}` must be at least {minimum}.")
     return int(value)
+
+
+def check_devices(devices: Any) -> int:
+    """Check a number of devices to train on, and that it is what torchrun or SLURM has started.
+
+    Raises
+    ------
+    TypeError
+        If it is not a whole number.
+    ValueError
+        If it is below 1, or is not the number of processes that have been started.
+    ImportError
+        If Lightning is needed and is not there.
+    RuntimeError
+        If this process is being started for a training, and has come here by reading the user's script.
+    """
+    number = check_integer("devices", devices)
+    if number == 1:
+        return number
+    if importlib.util.find_spec("lightning") is None:
+        raise ImportError(f"`devices={devices}` needs Lightning: {_EXTRA}.")
+    found = launched()
+    if found is not None and found[0] != devices:
+        raise ValueError(
+            f"`devices={devices}`, but {found[0]} processes have been started: pass devices={found[0]}, the number on "
+            "all machines together, or start as many."
+        )
+    if being_started():
+        raise RuntimeError(
+            f"`devices={devices}` starts processes that read this script again: put what it does into a function, and "
+            "call it under `if __name__ == '__main__':`."
+        )
+    return number
+
+
+def check_kind_of_devices(devices: int, device: Any) -> None:
+    """Check that training on several devices of a kind (``torch.device``) is possible on this machine.
+
+    Raises
+    ------
+    ValueError
+        If ``device`` is one in particular, is neither a CPU nor a CUDA GPU, or there are fewer GPUs.
+    """
+    if devices == 1:
+        return
+    if device.type not in ("cpu", "cuda") or device.index is not None:
+        raise ValueError(f"`devices={devices}` needs `device='cpu'`, 'cuda' or 'auto', not {str(device)!r}.")
+    found = launched()
+    here = devices if found is None else found[1]
+    if device.type == "cuda":
+        import torch
+
+        if here > torch.cuda.device_count():
+            raise ValueError(
+                f"`devices={devices}` asks for {here} GPUs on this machine, which shows {torch.cuda.device_count()}: "
+                "pass fewer, or device='cpu'."
+            )
+
+
+def check_enough_cells(devices: int, n_cells: int) -> None:
+    """Check that each device has a cell to train on.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer cells.
+    """
+    if devices > n_cells:
+        raise ValueError(f"`devices={devices}` are more than there are cells ({n_cells}); pass devices=1.")
 
 
 def _check_real(name: str, value: Any) -> float:

@@ -7,10 +7,13 @@ import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .training.ranks import Ranks
 
 LedBack = tuple[NDArray[Any], ...]
 """Of some cells: expected counts, values and which are measured (cells, genes each), and depth (cells,)."""
@@ -65,6 +68,12 @@ class Gathered(Protocol):
     def add(self, number: int, cells: NDArray[np.int64], weight: NDArray[np.float32], block: Block) -> None:
         """Add the prediction for some ``cells``, with the weight that it has in the result of each."""
 
+    def leave(self, n_cells: int) -> None:
+        """Leave the next FOV, of so many cells, to another rank."""
+
+    def unite(self, n_fields: int, ranks: Ranks) -> None:
+        """Take in the FOVs of the other ranks, so many in all."""
+
     def dispersion(self, target_sum: float) -> NDArray[np.float64] | None:
         """Dispersion (genes, 2) that leads from log-normalised values back to counts; None where not asked for."""
 
@@ -102,6 +111,14 @@ class InMemory:
         if block.led_back is not None:
             self._led_back.append(block.led_back)
 
+    def leave(self, n_cells: int) -> None:
+        pass
+
+    def unite(self, n_fields: int, ranks: Ranks) -> None:
+        for array in (self.expression, self.embedding, self.depth):
+            ranks.add_up(array)
+        self._led_back = [part for parts in ranks.all(self._led_back) for part in parts]
+
     def dispersion(self, target_sum: float) -> NDArray[np.float64] | None:
         return _dispersion(self._led_back, target_sum) if self._led_back else None
 
@@ -110,7 +127,7 @@ class OnDisk:
     """Predictions in a folder: a file of rows, FOV after FOV as they come, and a file for each FOV that is done.
 
     A FOV counts once its own file is there, which is put in place when its rows are written: a run that is killed and
-    goes on writes the same.
+    goes on writes the same. Several ranks write to the same files, each the rows of its FOVs.
 
     Parameters
     ----------
@@ -164,6 +181,16 @@ class OnDisk:
             os.fsync(file.fileno())
         os.replace(fresh, self._file(number))
         self._note(cells, weight, block.led_back)
+
+    def leave(self, n_cells: int) -> None:
+        self._end += n_cells
+
+    def unite(self, n_fields: int, ranks: Ranks) -> None:
+        ranks.wait()
+        self._cells, self._weights, self._led_back, self._end = [], [], [], 0
+        for number in range(n_fields):
+            if not self.has(number):
+                raise OSError(f"{self._folder} lacks a field of view that another process was to predict")
 
     def _file(self, number: int) -> Path:
         return self._folder / f"{number:06d}.npz"

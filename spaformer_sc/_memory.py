@@ -26,6 +26,7 @@ def state_memory(
     n_decoded: int,
     masked: bool,
     kept: int,
+    n_workers: int = 0,
 ) -> int:
     """Log the memory that a fit will take at its peak, and refuse to start where there is less.
 
@@ -49,6 +50,8 @@ def state_memory(
         Whether entries are missing, so that masks of all cells and genes are kept.
     kept
         Bytes of the result that stays in memory.
+    n_workers
+        Processes that this one starts for the training.
 
     Returns
     -------
@@ -66,7 +69,8 @@ def state_memory(
     prediction = 4 * largest_fov * n_genes * (n_decoded + n_inputs)
     # While the fit is scored, predicted rates are there in single and, for one score, in double precision.
     fit = dense + max(views, prediction + 2 * dense + JUDGING)
-    need = PACKAGES + sparse + masks + max(fit, kept + prediction)
+    workers = n_workers * (PACKAGES + sparse + masks + views)
+    need = PACKAGES + sparse + masks + max(fit, kept + prediction, workers)
     free = available_memory()
     logger.info("memory: about %d MiB at the peak, of which %d MiB for the result", need >> 20, kept >> 20)
     if free is not None and need > free + PACKAGES:

@@ -153,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with an unfinished run to the same OUT, if there is one"
     )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
+    run.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="GPUs or processes that train together (default: 1)"
+    )
     run.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
     run.add_argument("--quiet", action="store_true", help="no progress bar and no messages but warnings")
     run.add_argument("--debug", action="store_true", help="show where an error comes from")
@@ -249,6 +252,7 @@ def _impute(arguments: argparse.Namespace) -> None:
         settings=dict(arguments.settings) or None,
         random_state=arguments.random_state,
         device=arguments.device,
+        devices=arguments.devices,
         progress=not arguments.quiet,
         output_path=arguments.output,
         resume=arguments.resume,
@@ -312,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             (_impute if arguments.command == "impute" else _demo)(arguments)
-    except (KeyError, TypeError, ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ImportError, KeyError, TypeError, ValueError, OSError, RuntimeError, MemoryError) as error:
         if arguments.debug:
             raise
         if isinstance(error, MemoryError) or "out of memory" in str(error):

@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from ._logging import logger
 from ._memory import state_memory
 from ._saved import read_model, write_model
 from ._threads import Workers, wait_patiently
+from .training.ranks import ALONE, Ranks, join, launch, launched
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +174,7 @@ class SpaFormer:
         The model; as in :func:`spaformer_sc.tl.impute`.
     graph, n_neighbors, radius, tile_size
         Spatial graphs and tiles; as in :func:`spaformer_sc.tl.impute`.
-    device, random_state, progress
+    device, devices, random_state, progress
         As in :func:`spaformer_sc.tl.impute`.
 
     Attributes
@@ -226,6 +228,7 @@ class SpaFormer:
         radius: float | None = None,
         tile_size: int = 4000,
         device: str = "auto",
+        devices: int = 1,
         random_state: int = 0,
         progress: bool = True,
     ) -> None:
@@ -241,6 +244,8 @@ class SpaFormer:
         self.random_state = _checks.check_integer("random_state", random_state, minimum=0)
         self.progress = _checks.check_flag("progress", progress)
         self.device = device
+        self.devices = _checks.check_devices(devices)
+        self._ranks = ALONE
         self._chosen: Settings = resolve(
             preset=preset,
             quality=quality,
@@ -418,6 +423,7 @@ class SpaFormer:
                 embed=True,
                 back=output == "lognorm" and self.posterior is not None,
                 shown=True,
+                ranks=self._ranks,
             )
         if loaded.cells is not None:
             self._spread_cell_scores(loaded.cells, gathered.embedding)
@@ -432,15 +438,20 @@ class SpaFormer:
         kept: int = 0,
     ) -> tuple[Opened, Loaded]:
         device = resolve_device(self.device)
+        _checks.check_kind_of_devices(self.devices, device)
         _checks.check_adata(adata)
         opened = self._open(adata, keys, None if start is None else self._columns(adata))
         names = pd.Index(adata.var_names.astype(str)) if start is None else self.var_names
         _checks.describe_empty(opened.counts)
         loaded = self._take(opened, max(LEAST_FITTED, FITTED_ENTRIES // adata.n_vars))
+        _checks.check_enough_cells(self.devices, loaded.counts.shape[0])
         self._state_memory(loaded, kept)
+        self._ranks = join(device) if self.devices > 1 and launched() else ALONE
         if checkpoint is not None:
+            checkpoint.writes = self._ranks.first
             data = opened.digest(adata.var_names)
             checkpoint.begin({"version": __version__, "data": data, "device": device.type})
+            self._ranks.wait()
         # From here on the earlier fit is gone: were this one interrupted, the model would be unfitted, not half fitted.
         self.var_names = None
         self.keys = keys
@@ -477,6 +488,7 @@ class SpaFormer:
             n_decoded=10 if self._decodes_little(loaded.missing is not None) else 14,
             masked=loaded.missing is not None,
             kept=kept,
+            n_workers=self.devices if self.devices > 1 and not launched() else 0,
         )
 
     def _decodes_little(self, missing: bool) -> bool:
@@ -493,11 +505,7 @@ class SpaFormer:
         start: Start | None,
         workers: Workers,
     ) -> None:
-        import torch
-
         from .data._split import gene_shares, hold_out, hold_out_entries, typical_values
-        from .training.mixing import HeldCounts, HeldEntries
-        from .training.posterior import fit_shape_where_missing
         from .training.sequences import sequences
 
         counts = self._integer_counts(loaded.counts)
@@ -507,7 +515,7 @@ class SpaFormer:
             test=TEST_SHARE,
             rng=np.random.default_rng(derived_seed(self.random_state, "held out")),
         )
-        missing, train = loaded.missing, split.train
+        missing, train, held_out = loaded.missing, split.train, None
         if loaded.missing is not None:
             rng = np.random.default_rng(derived_seed(self.random_state, "held entries"))
             held_out = hold_out_entries(train, loaded.missing, loaded.images, HELD_ENTRIES, rng)
@@ -526,17 +534,44 @@ class SpaFormer:
         by_fov = self.settings.dispersion == "gene_fov"
         self._fovs = tuple(dict.fromkeys(f.image for f in loaded.fields)) if by_fov else ()
         data = sequences(loaded.fields, train, missing)
+        if self.devices > self._ranks.size:
+            work = (self, data, split, held_out, checkpoint, start)
+            shape_where_missing, found = launch(_trained, *work, devices=self.devices, device=device, threads=workers.n)
+            for name, value in found.items():
+                setattr(self, name, value)
+            self._networks = [network.to(device) for network in self._networks]
+        else:
+            shape_where_missing = self._train(data, split, held_out, device, checkpoint, start, workers, self._ranks)
+        self._score(split, loaded, shape_where_missing, workers)
+
+    def _train(
+        self,
+        data: list[FieldCounts],
+        split: HeldOut,
+        held_out: NDArray[np.bool_] | None,
+        device: torch.device,
+        checkpoint: Checkpoint | None,
+        start: Start | None,
+        workers: Workers,
+        ranks: Ranks,
+    ) -> tuple[float, float] | None:
+        """Train the networks on ``data``; return the shape of what is known of missing entries, None without any."""
+        import torch
+
+        from .training.mixing import HeldCounts, HeldEntries
+        from .training.posterior import fit_shape_where_missing
+
         sampler = self._sampler(device)
         draw = torch.Generator().manual_seed(derived_seed(self.random_state, "validation"))
         validated = sampler.some(data, draw, VALIDATED_CELLS)
         entries = None
-        if loaded.missing is None:
+        if held_out is None:
             held = HeldCounts(validated, sampler, split.validation, self._shares, workers)
         else:
             of_others = _without(split.validation, held_out)
             held = HeldCounts(validated, sampler, of_others, self._shares, workers)
             entries = HeldEntries(validated, sampler, split.train, held_out, self._shares, self._model_sum, workers)
-        histories = self._train_networks(data, sampler, held, entries, device, checkpoint, start, workers)
+        histories = self._train_networks(data, sampler, held, entries, device, checkpoint, start, workers, ranks)
         self.history = {
             "network": [float(i) for i, h in enumerate(histories) for _ in h.step],
             **{
@@ -544,11 +579,10 @@ class SpaFormer:
                 for name in ("step", "epoch", "loss", "validation")
             },
         }
-        shape_where_missing = None
-        if entries is not None and self.settings.decoder != "gaussian":
-            expected = entries.expected(self._networks, self._weights[1])
-            shape_where_missing = fit_shape_where_missing(expected, entries.counts)
-        self._score(split, loaded, shape_where_missing, workers)
+        if entries is None or self.settings.decoder == "gaussian":
+            return None
+        expected = entries.expected(self._networks, self._weights[1])
+        return fit_shape_where_missing(expected, entries.counts)
 
     def _train_networks(
         self,
@@ -560,6 +594,7 @@ class SpaFormer:
         checkpoint: Checkpoint | None,
         start: Start | None,
         workers: Workers,
+        ranks: Ranks,
     ) -> list[History]:
         """Train the networks; what is held out chooses their form, how long they train, and their weights."""
         from .metrics import mixture_weights
@@ -575,7 +610,7 @@ class SpaFormer:
         mixing = s.mixing and held.enough
         if entries is not None and not entries.enough:
             entries = None
-        validate = held.gain if entries is None else entries.gain
+        validate = partial(held.gain if entries is None else entries.gain, ranks=ranks)
         widest = max(in_form(s, form).dim for form in candidates)
         components = token_components(held.opened, widest, s.hops) if s.pca_start and start is None else None
         histories: list[History] = []
@@ -594,8 +629,8 @@ class SpaFormer:
                     start_from_components(network, components)
                 seed = derived_seed(self.random_state, f"training {number}")
                 tasks.append(Task(number, network, training, seed))
-            bar = ProgressBar("training", self.progress, tasks[0].number, n_networks)
-            for trained, history in train_abreast(tasks, data, sampler, validate, workers, bar, checkpoint):
+            bar = ProgressBar("training", self.progress and ranks.first, tasks[0].number, n_networks)
+            for trained, history in train_abreast(tasks, data, sampler, validate, workers, bar, checkpoint, ranks):
                 if mixing:
                     parts.append(mix_in_own_counts(trained, held))
                 if s.mixing and entries is not None:
@@ -650,7 +685,17 @@ class SpaFormer:
         def read(field: FieldOfView) -> FieldCounts:
             return sequences([field], train, missing)[0]
 
-        self._predict(loaded.fields, read, found, workers, output="rate", target_sum=1.0, genes=None, embed=True)
+        self._predict(
+            loaded.fields,
+            read,
+            found,
+            workers,
+            output="rate",
+            target_sum=1.0,
+            genes=None,
+            embed=True,
+            ranks=self._ranks,
+        )
         rates = found.expression
         rng = np.random.default_rng(derived_seed(self.random_state, "groups of cells"))
         self.scores, self.gene_scores, gains = held_out_scores(split.test, rates, train, missing, rng)
@@ -821,19 +866,27 @@ class SpaFormer:
         embed: bool,
         back: bool = False,
         shown: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Predict FOV by FOV, those that are not gathered yet; networks are averaged in the scale asked for.
 
-        With ``back``, for log-normalised values, also find what leads from these back to expected counts.
+        With ``back``, for log-normalised values, also find what leads from these back to expected counts. Ranks divide
+        the FOVs, each to the one that has fewest cells so far, and all get the whole.
         """
         from .training.progress import ProgressBar
 
         sampler = self._sampler(resolve_device(self.device))
-        done = 0
-        with ProgressBar("imputing", self.progress and shown, unit="cell") as bar:
+        done = n_fields = 0
+        load = np.zeros(ranks.size, dtype=np.int64)
+        with ProgressBar("imputing", self.progress and shown and ranks.first, unit="cell") as bar:
             for number, field in enumerate(fields):
                 inside = np.flatnonzero(field.weight > 0)
-                if not gathered.has(number):
+                whose = int(load.argmin())
+                load[whose] += field.n_cells
+                n_fields += 1
+                if whose != ranks.rank:
+                    gathered.leave(len(inside))
+                elif not gathered.has(number):
                     n_some = 0
                     if back:
                         n_some = -(-LED_BACK * len(inside) // gathered.n_cells)
@@ -849,6 +902,8 @@ class SpaFormer:
                     gathered.add(number, field.cells[inside], field.weight[inside], block)
                 done += int(field.own.sum())
                 bar.update(done, gathered.n_cells)
+        if ranks.size > 1:
+            gathered.unite(n_fields, ranks)
 
     def _predict_field(
         self,
@@ -1159,6 +1214,7 @@ class SpaFormer:
             "radius": self.radius,
             "tile_size": self.tile_size,
             "random_state": self.random_state,
+            "devices": self.devices,
             "fractional": self.fractional,
             "model": {key: value for key, value in s.items() if key != "training"},
             "training": s["training"],
@@ -1289,6 +1345,24 @@ class SpaFormer:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{os.fspath(path)} is damaged or not a saved model: {error}") from error
         return model
+
+
+def _trained(
+    ranks: Ranks,
+    model: SpaFormer,
+    data: list[FieldCounts],
+    split: HeldOut,
+    held_out: NDArray[np.bool_] | None,
+    checkpoint: Checkpoint | None,
+    start: Start | None,
+) -> tuple[tuple[float, float] | None, dict[str, Any]]:
+    """Train the networks of a model in a process started for it; return what :meth:`SpaFormer._train` sets."""
+    if checkpoint is not None:
+        checkpoint.writes = ranks.first
+    with Workers(ranks.device) as workers:
+        shape = model._train(data, split, held_out, ranks.device, checkpoint, start, workers, ranks)
+    model._networks = [network.cpu() for network in model._networks]
+    return shape, {name: getattr(model, name) for name in ("_networks", "_forms", "_weights", "history")}
 
 
 def resolve_device(device: str) -> torch.device:

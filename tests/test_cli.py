@@ -111,6 +111,7 @@ OPTIONS = {  # option and value on the command line: argument and value of `tl.i
     ("--random-state", "3"): ("random_state", 3),
     ("--resume",): ("resume", True),
     ("--device", "cpu"): ("device", "cpu"),
+    ("--devices", "2"): ("devices", 2),
     ("--quiet",): ("progress", False),
 }
 OF_THE_PROGRAM = {"--help", "--threads", "--debug"}

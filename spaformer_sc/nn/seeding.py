@@ -21,11 +21,16 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """
     on_gpu = device is not None and device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        torch.default_generator.manual_seed(seed)
-        if on_gpu:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+        reseed(seed, device)
         yield
+
+
+def reseed(seed: int, device: torch.device | None) -> None:
+    """Seed torch's global generators: that of the CPU and, on a GPU, its own."""
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:

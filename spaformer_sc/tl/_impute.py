@@ -172,10 +172,13 @@ def impute(
     resume
         Go on with an unfinished run to the same ``output_path``, with the same data and choices; the result is that of
         an uninterrupted one. Without an unfinished run, start one.
-    devices
-        Reserved: training on several devices is not available yet.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, …
+    devices
+        GPUs, or on a CPU processes, that train together (extra ``distributed``), each with its share of the cells of a
+        step. More than 1 starts as many processes on this machine for the training, so a script has to be guarded by
+        ``if __name__ == "__main__":``. Where torchrun or SLURM has started them, on one machine or several, it is the
+        number of all; each has the result, and the first writes files. See ``docs/scale.md``.
     random_state
         Seed of everything random; on a CPU the same seed on the same machine gives the same result.
     progress
@@ -238,6 +241,8 @@ def impute(
     ------
     KeyError, TypeError, ValueError
         If the input cannot be used; before any work, with nothing changed.
+    ImportError
+        If ``devices`` is more than 1 and Lightning is not there.
     MemoryError, OSError
         If there is too little memory, or too little space for ``output_path``; before any work.
 
@@ -256,8 +261,6 @@ def impute(
     _checks.check_choice("output", output, OUTPUTS)
     _checks.check_choice("zeros", zeros, ZEROS)
     _checks.check_flag("sd", sd)
-    if devices != 1:
-        raise ValueError(f"`devices={devices!r}` is not available yet; leave it at 1.")
     _checks.check_flag("copy", copy)
     if _checks.check_flag("resume", resume) and output_path is None:
         raise ValueError("`resume=True` needs `output_path=`: what an unfinished run has done lies beside it.")
@@ -303,6 +306,7 @@ def impute(
         radius=radius,
         tile_size=tile_size,
         device=device,
+        devices=devices,
         random_state=random_state,
         progress=progress,
     )
@@ -352,7 +356,8 @@ def impute(
         )
         if copy and not backed:
             adata = adata.copy()
-        _write(adata, keys, model, found, opened, asked, columns, sd, output_path)
+        _write(adata, keys, model, found, opened, asked, columns, sd, output_path if model._ranks.first else None)
+        model._ranks.wait()
     return adata if copy else None
 
 

@@ -11,6 +11,7 @@ from spaformer_sc.nn.network import Network
 
 from .checkpoint import Checkpoint
 from .progress import ProgressBar
+from .ranks import Ranks
 from .sequences import FieldCounts, Sampler
 from .trainer import History, planned_steps, train
 
@@ -33,6 +34,7 @@ def train_abreast(
     workers: Workers,
     bar: ProgressBar,
     checkpoint: Checkpoint | None,
+    ranks: Ranks,
 ) -> list[tuple[Network, History]]:
     """Train networks that do not depend on each other; see :func:`.trainer.train`.
 
@@ -50,14 +52,16 @@ def train_abreast(
         Shows the progress of all.
     checkpoint
         Where trained networks, and the state of those in training, are kept; None for nowhere.
+    ranks
+        The processes that train together.
 
     Returns
     -------
     Trained networks and their histories, in the order of the tasks.
     """
-    # Dropout draws from a generator that all threads share.
-    draws = any(task.network.config.dropout for task in tasks)
-    n_abreast = 1 if draws else min(workers.n, len(tasks))
+    # Dropout draws from a generator that all threads share; what several processes say to each other has one order.
+    alone = ranks.size > 1 or any(task.network.config.dropout for task in tasks)
+    n_abreast = 1 if alone else min(workers.n, len(tasks))
     samplers = {task.number: replace(sampler, tokens_per_step=task.training.tokens_per_step) for task in tasks}
     for task in tasks:
         bar.plan(task.number, planned_steps(data, samplers[task.number], task.training)[1])
@@ -85,6 +89,7 @@ def train_abreast(
             ahead=workers.ahead if n_abreast < workers.n else iter,
             checkpoint=checkpoint,
             state=f"training_{task.number}",
+            ranks=ranks,
         )
         if checkpoint is not None:
             checkpoint.save(f"network_{task.number}", {"weights": trained.state_dict(), "history": vars(history)})

@@ -42,6 +42,11 @@ class Checkpoint:
         Go on from the states that are there; otherwise they are removed when the run begins.
     choices
         What was asked for, numbers, strings, lists and dictionaries: a run goes on only where it is the same.
+
+    Attributes
+    ----------
+    writes
+        Whether this process changes the folder; of several that train together only one does, and the others read.
     """
 
     def __init__(self, folder: Path, *, resume: bool, choices: dict[str, Any]) -> None:
@@ -49,6 +54,11 @@ class Checkpoint:
         self._begin, self._saved = time.monotonic(), dict[str, float]()
         self._begun = False
         self._lock: BinaryIO | None = None
+        self.writes = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The lock stays with the process that took it."""
+        return {**vars(self), "_lock": None}
 
     def begin(self, found: dict[str, Any]) -> None:
         """Make the folder, or check that what is there belongs to the same run.
@@ -63,6 +73,8 @@ class Checkpoint:
         ValueError
             If the states are of other data or choices, or another run is writing them.
         """
+        if not self.writes:
+            return
         run = json.loads(json.dumps({**self._choices, **found}))
         if self._folder.exists() and self._kept_run() is None and any(p.name != FRESH for p in self._content()):
             raise ValueError(f"{self._folder} is in the way of what this run keeps; move it elsewhere.")
@@ -154,10 +166,12 @@ class Checkpoint:
 
     def due(self, name: str) -> bool:
         """Whether the last state of a name was kept long enough ago for another."""
-        return time.monotonic() - self._saved.get(name, self._begin) >= INTERVAL
+        return self.writes and time.monotonic() - self._saved.get(name, self._begin) >= INTERVAL
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Keep a state under a name in place of an earlier one."""
+        if not self.writes:
+            return
         fresh = self._folder / f"{name}.fresh"
         with open(fresh, "wb") as file:
             torch.save(state, file)
@@ -185,4 +199,5 @@ class Checkpoint:
 
     def drop(self, name: str) -> None:
         """Forget the state of a name."""
-        (self._folder / f"{name}.pt").unlink(missing_ok=True)
+        if self.writes:
+            (self._folder / f"{name}.pt").unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from spaformer_sc.nn.decoders import CountDecoder
 from spaformer_sc.nn.network import Network, Output, Tokens
 
 from .prediction import in_blocks
+from .ranks import ALONE, Ranks, largest_first
 from .scoring import FLOOR, log_ratios
 from .sequences import FieldCounts, Sampler, Whole
 
@@ -44,6 +45,8 @@ class _Held:
         Threads to compute in.
     """
 
+    counts: NDArray[np.float64]
+
     def __init__(
         self,
         fields: Sequence[FieldCounts],
@@ -61,10 +64,24 @@ class _Held:
         """Each FOV, one at a time."""
         return map(self._sampler.open, self.fields)
 
-    def _in_blocks(self, networks: Sequence[Network], function: Callable[[Block, Iterator[Output]], T]) -> list[T]:
-        """Apply a function to blocks of cells that have held-out entries, and what networks say of them."""
+    def _per_count(self, parts: Sequence[float], ranks: Ranks) -> float:
+        """Sum of all ranks' parts per held-out transcript; NaN when there is none."""
+        (gain,) = ranks.sum(sum(parts))
+        total = float(self.counts.sum())
+        return gain / total if total else math.nan
+
+    def _in_blocks(
+        self, networks: Sequence[Network], function: Callable[[Block, Iterator[Output]], T], ranks: Ranks = ALONE
+    ) -> list[T]:
+        """Apply a function to blocks of cells that have held-out entries, and what networks say of them.
+
+        Ranks take about equally many cells each, in whole FOVs.
+        """
         found: list[T] = []
-        for number, (sequence, whole) in enumerate(zip(self.fields, self.opened(), strict=True)):
+        whose = largest_first([sequence.fov.n_cells for sequence in self.fields], ranks.size)
+        for number in np.flatnonzero(whose == ranks.rank).tolist():
+            sequence = self.fields[number]
+            whole = self._sampler.open(sequence)
             rows, cols, start = self._rows[number], self._cols[number], int(self._starts[number])
 
             def of_block(
@@ -143,7 +160,7 @@ class HeldCounts(_Held):
             rows.append(part.row[own].astype(np.int64))
             cols.append(part.col[own].astype(np.int64))
             counts.append(part.data[own].astype(np.float64))
-        self.counts: NDArray[np.float64] = _joined(counts)
+        self.counts = _joined(counts)
         super().__init__(fields, sampler, rows, cols, workers)
 
     @property
@@ -151,8 +168,8 @@ class HeldCounts(_Held):
         """Whether there are enough counts to fit weights to."""
         return float(self.counts.sum()) >= LEAST_COUNTS
 
-    def gain(self, network: Network) -> float:
-        """Poisson gain of a network over gene means, in nats per held-out transcript."""
+    def gain(self, network: Network, ranks: Ranks = ALONE) -> float:
+        """Poisson gain of a network over gene means, in nats per held-out transcript; ranks divide the FOVs."""
 
         def gain(block: Block, outputs: Iterator[Output]) -> float:
             (share,) = (network.decoder.share(output.decoded).cpu().numpy() for output in outputs)
@@ -160,8 +177,7 @@ class HeldCounts(_Held):
             ratios = log_ratios(share, rows, cols, block.measured, self._gene_share)
             return float(self.counts[block.entries] @ ratios)
 
-        total = float(self.counts.sum())
-        return sum(self._in_blocks([network], gain)) / total if total else math.nan
+        return self._per_count(self._in_blocks([network], gain, ranks), ranks)
 
     def parts(self, network: Network) -> NDArray[np.float64]:
         """Shares of the held-out entries (3, entries) in the network, the cell's own counts, and the gene mean.
@@ -228,7 +244,7 @@ class HeldEntries(_Held):
             found.append(count)
             null.append(gene_share[col] * whole.view.depth.numpy()[row])
         self.values: NDArray[np.float64] = _joined(values)
-        self.counts: NDArray[np.float64] = _joined(found)
+        self.counts = _joined(found)
         self._null: NDArray[np.float64] = _joined(null)
 
     @property
@@ -236,8 +252,11 @@ class HeldEntries(_Held):
         """Whether there are enough counts to decide by."""
         return float(self.counts.sum()) >= LEAST_COUNTS
 
-    def gain(self, network: Network) -> float:
-        """Poisson gain of a network over gene means, each with the depth that it infers, per held-out transcript."""
+    def gain(self, network: Network, ranks: Ranks = ALONE) -> float:
+        """Poisson gain of a network over gene means, each with the depth that it infers, per held-out transcript.
+
+        Ranks divide the FOVs.
+        """
 
         def gain(block: Block, outputs: Iterator[Output]) -> float:
             (share,) = (network.decoder.share(output.decoded) for output in outputs)
@@ -248,8 +267,7 @@ class HeldEntries(_Held):
             ratio = np.log(expected / null, out=np.zeros(len(count)), where=count > 0)
             return float((count * ratio - expected + null).sum())
 
-        total = float(self.counts.sum())
-        return sum(self._in_blocks([network], gain)) / total if total else math.nan
+        return self._per_count(self._in_blocks([network], gain, ranks), ranks)
 
     def predicted(self, network: Network) -> NDArray[np.float64]:
         """Log-normalised values of the held-out entries (entries,), as a network predicts them."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from spaformer_sc._config import Training
 from spaformer_sc._logging import logger
 from spaformer_sc.nn.decoders import CountDecoder
 from spaformer_sc.nn.network import Network
-from spaformer_sc.nn.seeding import random_state, seeded, set_random_state
+from spaformer_sc.nn.seeding import random_state, reseed, seeded, set_random_state
 
 from .checkpoint import Checkpoint
+from .ranks import ALONE, Ranks
 from .sequences import Batch, FieldCounts, Sampler
 
 KL_WEIGHT = 0.01
@@ -63,27 +65,52 @@ class History:
         return max(self.validation)
 
 
-def batch_loss(network: Network, batch: Batch, kl_weight: float, generator: torch.Generator) -> Tensor:
+def _asked(batch: Batch) -> Tensor:
+    """Which entries the loss asks for, (cells, genes) or (cells, 1)."""
+    # A cell without transcripts in the target says nothing about shares.
+    informative = (batch.target_depth > 0)[:, None]
+    return informative if batch.asked is None else informative & batch.asked
+
+
+def batch_size(network: Network, batch: Batch) -> Tensor:
+    """Transcripts that the loss asks for (Gaussian: entries)."""
+    if isinstance(network.decoder, CountDecoder):
+        return batch.target.sum() if batch.asked is None else (batch.target * batch.asked).sum()
+    return _asked(batch).expand(batch.target.shape).sum()
+
+
+def batch_loss(
+    network: Network, batch: Batch, kl_weight: float, generator: torch.Generator, size: float | None = None
+) -> Tensor:
     """Negative log-likelihood of what was hidden, per transcript asked for (Gaussian: per entry asked for).
 
     With a variational latent plus ``kl_weight`` times its divergence from the prior (Kingma and Welling 2014, eq. 3;
-    see :data:`KL_WEIGHT`), over the cells of which something is asked: on others the prior would pull alone.
+    see :data:`KL_WEIGHT`), over the cells of which something is asked: on others the prior would pull alone. Several
+    processes, each with a part of a batch, give the mean ``size`` of the parts: the mean of their losses is then that
+    of the batch, and so are the gradients.
     """
     output = network(batch.tokens, generator)
     likelihood = network.decoder.log_likelihood(output.decoded, batch.target, batch.target_depth, batch.measured)
-    # A cell without transcripts in the target says nothing about shares.
-    informative = (batch.target_depth > 0)[:, None]
-    asked = informative if batch.asked is None else informative & batch.asked
+    asked = _asked(batch)
     if not asked.all():
         likelihood = likelihood.masked_fill(~asked, 0.0)
-    if isinstance(network.decoder, CountDecoder):
-        size = batch.target.sum() if batch.asked is None else (batch.target * batch.asked).sum()
-    else:
-        size = asked.expand(likelihood.shape).sum()
     loss = -likelihood.sum()
     if output.divergence is not None:
         loss = loss + kl_weight * output.divergence.masked_fill(~asked.any(1), 0.0).sum()
-    return loss / size.clamp(min=1)
+    return loss / (batch_size(network, batch).clamp(min=1) if size is None else max(size, 1.0))
+
+
+class _Loss(nn.Module):
+    """:func:`batch_loss` as a module, so that all uses of the weights lie within it."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: Batch, kl_weight: float, generator: torch.Generator, size: float) -> Tensor:
+        loss = batch_loss(self.network, batch, kl_weight, generator, size)
+        # What a weight that this batch leaves out adds: other ranks may use it.
+        return loss + 0.0 * sum(parameter.sum() for parameter in self.network.parameters())
 
 
 class WeightAverage:
@@ -220,6 +247,7 @@ def train(
     ahead: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
     checkpoint: Checkpoint | None = None,
     state: str = "training",
+    ranks: Ranks = ALONE,
 ) -> tuple[Network, History]:
     """Train a network and return the best weights seen on what is held out.
 
@@ -246,6 +274,9 @@ def train(
         Where the state is kept between epochs, and taken up from if one is there; None for nowhere.
     state
         Its name there.
+    ranks
+        The processes that train together. Each calls this with the same arguments, takes its share of the cells and of
+        the tokens of a step, and gets the same result; ``validate`` has to give all of them the same score.
 
     Returns
     -------
@@ -254,11 +285,14 @@ def train(
     corruption, noise, features = (torch.Generator().manual_seed(seed + i) for i in range(3))
     n_epochs, n_steps = planned_steps(data, sampler, config)
     per_epoch = n_steps // n_epochs
+    if ranks.size > 1 and sampler.tokens_per_step is not None:
+        sampler = replace(sampler, tokens_per_step=max(1, sampler.tokens_per_step // ranks.size))
     every = max(1, n_steps // config.n_validations)
     optimizer = _optimizer(network, config)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     average = WeightAverage(network, config.averaging) if config.averaging else None
     watch = _Watch(average.network if average else network, validate, config.patience)
+    losses = None if ranks.size == 1 else ranks.averaging(_Loss(network))
     network.train()
     step = first_epoch = 0
     generators = (corruption, noise, features)
@@ -278,6 +312,7 @@ def train(
                 generator.set_state(at)
             if draws:
                 set_random_state(kept["dropout"], sampler.device)
+        ranks.wait()  # the first may go on to keep another state in place of this
         for epoch in range(first_epoch, n_epochs):
             if checkpoint is not None and checkpoint.due(state):
                 now = {
@@ -292,15 +327,29 @@ def train(
                     "dropout": random_state(sampler.device) if draws else [],
                 }
                 checkpoint.save(state, now)
-            for batch in ahead(sampler.epoch(data, corruption, (epoch / n_epochs, (epoch + 1) / n_epochs))):
+            own = data
+            if ranks.size > 1:
+                # Drawn anew for each epoch and rank, so that the state that the first keeps does for all.
+                own = ranks.deal(data, [seed, epoch], whole=sampler.tokens_per_step is None, compact=sampler.windows)
+                seeds = np.random.SeedSequence([seed, epoch, ranks.rank]).generate_state(3).tolist()
+                corruption.manual_seed(seeds[0])
+                noise.manual_seed(seeds[1])
+                if draws:
+                    reseed(seeds[2], sampler.device)
+            batches = ahead(sampler.epoch(own, corruption, (epoch / n_epochs, (epoch + 1) / n_epochs)))
+            for batch, size in ranks.together(batches, partial(batch_size, network)):
                 factor = learning_rate_factor(step, n_steps, config)
                 for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
                 if step and step % config.redraw_every == 0:
                     network.encoder.redraw(features)
                 kl_weight = KL_WEIGHT * min(1.0, (step + 1) / max(1, n_steps // 4))
-                loss = batch_loss(network, batch, kl_weight, noise)
-                if not torch.isfinite(loss):
+                if losses is None:
+                    loss = batch_loss(network, batch, kl_weight, noise)
+                else:
+                    loss = losses(batch, kl_weight, noise, size)
+                shown = ranks.mean(loss.detach())
+                if not torch.isfinite(shown):
                     return watch.diverged(step)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -308,7 +357,7 @@ def train(
                 optimizer.step()
                 if average:
                     average.update(network)
-                watch.losses.append(loss.detach())
+                watch.losses.append(shown)
                 step += 1
                 if step % every == 0:
                     watch.check(step, step / per_epoch)
