@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from ._logging import logger
@@ -11,7 +13,10 @@ from ._logging import logger
 PACKAGES = 900 * 2**20
 """Memory of the imported packages themselves, roughly."""
 
-JUDGING = 320 * 2**20
+BLOCK = 512
+"""Cells of which matrices with all genes are in memory at a time, for each thread that predicts."""
+
+JUDGING = 64 * 2**20
 """Memory of what is computed, block by block, to judge a fit and its intervals."""
 
 
@@ -24,6 +29,9 @@ def state_memory(
     buffer: int,
     n_inputs: int,
     n_decoded: int,
+    width: int,
+    n_trainings: int,
+    n_threads: int,
     masked: bool,
     kept: int,
     n_workers: int = 0,
@@ -41,11 +49,15 @@ def state_memory(
     step
         Cells in a training step.
     buffer
-        Bytes of the training loop's buffer; the counts that training stops on take as much again.
+        Bytes of the training loop's buffer.
     n_inputs
         Matrices of expression that the network reads.
     n_decoded
-        Matrices of cells × genes that decoding a FOV takes at once.
+        Matrices of cells × genes that decoding takes at once.
+    width
+        Numbers that the encoder keeps of a cell.
+    n_trainings, n_threads
+        Networks that are trained, and blocks of cells that are predicted, at the same time.
     masked
         Whether entries are missing, so that masks of all cells and genes are kept.
     kept
@@ -63,13 +75,16 @@ def state_memory(
         If that is more than what is free.
     """
     dense = 4 * n_cells * n_genes
-    views = 2 * min(buffer, dense * (2 + n_inputs)) + 4 * step * n_genes * (2 * n_decoded + n_inputs)
     masks = n_cells * n_genes * 5 if masked else 0  # the user's, what is held out, both, and their parts by FOV
     sparse = 8 * 8 * n_counts  # value and column of the counts, their three parts, and the FOVs' share of them
-    prediction = 4 * largest_fov * n_genes * (n_decoded + n_inputs)
-    # While the fit is scored, predicted rates are there in single and, for one score, in double precision.
-    fit = dense + max(views, prediction + 2 * dense + JUDGING)
-    workers = n_workers * (PACKAGES + sparse + masks + views)
+    # The views of the next FOVs are made while those before are in use.
+    views = 2 * min(buffer, dense * (3 if masked else 1) + 12 * n_counts)
+    training = views + 4 * step * n_genes * (2 * n_decoded + n_inputs)
+    whole = 4 * largest_fov * (n_genes * (2 if masked else 1) + width)
+    prediction = whole + n_threads * 4 * BLOCK * n_genes * (n_decoded + n_inputs)
+    scoring = dense + max(prediction, dense + JUDGING)
+    fit = max(n_trainings * (training + whole), scoring)
+    workers = n_workers * (PACKAGES + sparse + masks + training + whole)
     need = PACKAGES + sparse + masks + max(fit, kept + prediction, workers)
     free = available_memory()
     logger.info("memory: about %d MiB at the peak, of which %d MiB for the result", need >> 20, kept >> 20)
@@ -80,6 +95,12 @@ def state_memory(
             f"programs, take a smaller `tile_size`,{way_out if kept else ' or fewer cells'}."
         )
     return need
+
+
+def give_back() -> None:
+    """Return to the system what has been freed; with glibc it stays with the process otherwise, in pieces."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def state_disk(folder: Path, *, result: int, until_whole: int, there: int) -> None:

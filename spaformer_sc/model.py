@@ -20,7 +20,7 @@ from . import __version__, _checks
 from ._config import FORMS, GRAPHS, OUTPUTS, Settings, Training, in_form, resolve, with_missing
 from ._gather import Block, Gathered, InMemory
 from ._logging import logger
-from ._memory import state_memory
+from ._memory import give_back, state_memory
 from ._saved import read_model, write_model
 from ._threads import Workers, wait_patiently
 from .training.ranks import ALONE, Ranks, join, launch, launched
@@ -445,7 +445,8 @@ class SpaFormer:
         _checks.describe_empty(opened.counts)
         loaded = self._take(opened, max(LEAST_FITTED, FITTED_ENTRIES // adata.n_vars))
         _checks.check_enough_cells(self.devices, loaded.counts.shape[0])
-        self._state_memory(loaded, kept)
+        workers = Workers(device)
+        self._state_memory(loaded, kept, workers)
         self._ranks = join(device) if self.devices > 1 and launched() else ALONE
         if checkpoint is not None:
             checkpoint.writes = self._ranks.first
@@ -457,7 +458,7 @@ class SpaFormer:
         self.keys = keys
         self.fractional = opened.counts.fractional
         self.settings = with_missing(self._chosen, loaded.hidden_as)
-        with Workers(device) as workers:
+        with workers:
             self._fit(loaded, device, checkpoint, start, workers)
         self.var_names = names
         self.gene_scores.index = self.var_names
@@ -472,20 +473,25 @@ class SpaFormer:
         spread.iloc[cells] = self.cell_scores.to_numpy()
         self.cell_scores = spread.astype(self.cell_scores.dtypes)
 
-    def _state_memory(self, loaded: Loaded, kept: int) -> None:
+    def _state_memory(self, loaded: Loaded, kept: int, workers: Workers) -> None:
         from .training.sequences import BUFFER_BYTES
 
+        s = self.settings
         n_cells, n_genes = loaded.counts.shape
         largest = max(f.n_cells for f in loaded.fields)
+        forms = [in_form(s, form) for form in s.forms[: s.n_networks]]
         state_memory(
             n_cells,
             n_genes,
             n_counts=loaded.counts.nnz,
             largest_fov=largest,
-            step=min(self.settings.training.tokens_per_step or largest, n_cells),
+            step=min(max(form.training.tokens_per_step or largest for form in forms), n_cells),
             buffer=BUFFER_BYTES,
-            n_inputs=1 + self.settings.hops,
+            n_inputs=1 + s.hops,
             n_decoded=10 if self._decodes_little(loaded.missing is not None) else 14,
+            width=40 * max(form.dim for form in forms),
+            n_trainings=min(workers.n, len(forms)),
+            n_threads=workers.n,
             masked=loaded.missing is not None,
             kept=kept,
             n_workers=self.devices if self.devices > 1 and not launched() else 0,
@@ -542,6 +548,7 @@ class SpaFormer:
             self._networks = [network.to(device) for network in self._networks]
         else:
             shape_where_missing = self._train(data, split, held_out, device, checkpoint, start, workers, self._ranks)
+        give_back()
         self._score(split, loaded, shape_where_missing, workers)
 
     def _train(
@@ -904,6 +911,7 @@ class SpaFormer:
                 bar.update(done, gathered.n_cells)
         if ranks.size > 1:
             gathered.unite(n_fields, ranks)
+        give_back()
 
     def _predict_field(
         self,

@@ -377,9 +377,9 @@ def gene_pearson_lognorm(
     observed = (sparse.diags_array(target_sum / library[cells]) @ held[cells]).log1p()
     shares = rates[cells]
     mask = None if measured is None else measured[cells]
-    sums = (shares if mask is None else shares * mask).sum(axis=1, dtype=np.float64, keepdims=True)
-    shares = np.divide(shares, sums, out=np.zeros_like(shares), where=sums > 0)
-    correlations = gene_pearson(observed, np.log1p(shares * np.float32(target_sum)), mask=mask)
+    sums = shares.sum(axis=1, dtype=np.float64, keepdims=True, where=True if mask is None else mask)
+    shares *= np.where(sums > 0, target_sum / np.where(sums > 0, sums, 1), 0)
+    correlations = gene_pearson(observed, np.log1p(shares, out=shares), mask=mask)
     detected = np.asarray(held.sum(axis=0)).ravel() > 0
     return np.where(detected, np.nan_to_num(correlations, nan=0.0), np.nan)
 

@@ -8,15 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from spaformer_sc._memory import BLOCK
 from spaformer_sc._threads import Workers
 from spaformer_sc.nn.network import Network, Output, Tokens
 
 from .sequences import Whole
 
 T = TypeVar("T")
-
-BLOCK = 512
-"""Cells of which matrices with all genes are in memory at a time, for each thread."""
 
 
 def in_blocks(

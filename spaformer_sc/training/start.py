@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from spaformer_sc._memory import BLOCK
 from spaformer_sc.nn.network import Network
 
-from .prediction import BLOCK
 from .sequences import Whole
 
 RING_SHARES = (5 / 16, 3 / 16)
