@@ -286,7 +286,8 @@ def train(
                 if step and step % config.redraw_every == 0:
                     network.encoder.redraw(features)
                 kl_weight = KL_WEIGHT * min(1.0, (step + 1) / max(1, n_steps // 4))
-                loss = batch_loss(network, batch, kl_weight, noise)
+                with torch.autocast(sampler.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    loss = batch_loss(network, batch, kl_weight, noise)
                 if not torch.isfinite(loss):
                     return watch.diverged(step)
                 optimizer.zero_grad(set_to_none=True)
