@@ -35,6 +35,7 @@ ONE_FOV = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
 MANY_FOVS = (1, 3, 10, 30, 100, 300, 1_000)
 CELLS_OF_A_FOV = 200
 GROWTH_GENES = 300
+MANY_CELLS = 10_000
 STAGES = ("graph", "encodings", "training step", "prediction")
 SLIDE_FOVS, FOV_CELLS = 10, 4_000
 SMALL_STEPS = 100
@@ -576,8 +577,13 @@ def report(rows: Iterable[Row]) -> str:
         lines += ["| cells | " + " | ".join(STAGES) + " |", "|" + "---|" * (len(STAGES) + 1)]
         for cells, values in chosen.items():
             lines.append(f"| {cells} | " + " | ".join(f"{1e6 * values[stage] / cells:.1f}" for stage in STAGES) + " |")
-        slopes = [exponent(list(chosen), [values[stage] for values in chosen.values()]) for stage in STAGES]
-        lines += ["| exponent of the time | " + " | ".join(f"{slope:.2f}" for slope in slopes) + " |", ""]
+        for least, of in ((0, ""), (MANY_CELLS, f", from {MANY_CELLS} cells")):
+            among = [cells for cells in chosen if cells >= least]
+            if len(among) < 2:
+                continue
+            slopes = [exponent(among, [chosen[cells][stage] for cells in among]) for stage in STAGES]
+            lines.append(f"| exponent of the time{of} | " + " | ".join(f"{slope:.2f}" for slope in slopes) + " |")
+        lines.append("")
     lines += races(by_part["race"])
     for part in PARTS[1:]:
         for key, values in by_part[part].items():

@@ -27,11 +27,12 @@ def row(part, cells, fovs, score, value, data="simulated"):
 
 def test_exponents_are_those_of_a_power_law() -> None:
     rows = []
-    for cells in (1_000, 3_000, 10_000):
+    for cells in (1_000, 3_000, 10_000, 30_000, 100_000):
         for power, stage in zip((1.0, 1.1, 2.0, 1.0), scale.STAGES, strict=True):
             rows.append(row("growth", cells, 1, stage, 1e-6 * cells**power))
     page = scale.report(rows)
     assert "| exponent of the time | 1.00 | 1.10 | 2.00 | 1.00 |" in page
+    assert "| exponent of the time, from 10000 cells | 1.00 | 1.10 | 2.00 | 1.00 |" in page
     assert "| 1000 | 1.0 |" in page
     assert "fields of view of 200 cells" not in page
 
