@@ -10,25 +10,32 @@ Every run has a process of its own; runs that the results file holds, made by th
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from runs import Row, checksum, package_files, peak_mib, pinned_environment, read_rows, write_rows
 
 PARTS = ("growth", "step", "memory", "race", "transfer", "tissue")
-EFFORTS = (0.05, 0.1, 0.2, 0.4)
+RACERS = {"ours, fast": "spaformer_sc", "scVI": "scvi", "MAGIC": "magic", "MAGIC, tuned": "magic"}
+COSTS = ("s", "CPU s", "peak, MiB", "gain")
+MAGIC_DEFAULTS = (5, 100, "root", 3)
+FEW = 4
+EFFORTS = (0.1, 0.2, 0.4)
 KEY = ("part", "data", "cells", "genes", "fovs", "threads", "seed")
 COLUMNS = (*KEY, "code", "score", "value")
 ONE_FOV = (1_000, 3_000, 10_000, 30_000, 100_000, 200_000)
 MANY_FOVS = (1, 3, 10, 30, 100, 300, 1_000)
 CELLS_OF_A_FOV = 200
 GROWTH_GENES = 300
+MANY_CELLS = 10_000
 STAGES = ("graph", "encodings", "training step", "prediction")
 SLIDE_FOVS, FOV_CELLS = 10, 4_000
 SMALL_STEPS = 100
@@ -143,9 +150,10 @@ def step(data: str, library_key: str, seed: int) -> Values:
     optimizer = trainer._optimizer(network, model.settings.training)
     average = trainer.WeightAverage(network, 0.99)
     generator = torch.Generator().manual_seed(seed)
-    times: dict[str, list[float]] = {"batch": [], "step": []}
+    times: dict[str, list[float]] = {"batch": [], "step": [], "step in bf16": []}
     batch = None
-    for number in range(4):
+    for number in range(7):
+        half_precision = number > 0 and number % 2 == 0
         before = time.perf_counter()
         for n_batches, batch in enumerate(sampler.epoch(fields, generator), start=1):
             if n_batches == 1 and number == 0:
@@ -156,13 +164,15 @@ def step(data: str, library_key: str, seed: int) -> Values:
             if number:
                 times["batch"].append(now - before)
             optimizer.zero_grad()
-            trainer.batch_loss(network, batch, 0.0, generator).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half_precision):
+                loss = trainer.batch_loss(network, batch, 0.0, generator)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             average.update(network)
             before = time.perf_counter()
             if number:
-                times["step"].append(before - now)
+                times["step in bf16" if half_precision else "step"].append(before - now)
     left, right = torch.rand(2048, 2048), torch.rand(2048, 2048)
     rates = []
     for _ in range(10):
@@ -175,6 +185,7 @@ def step(data: str, library_key: str, seed: int) -> Values:
     return {
         "batch, ms": 1e3 * spent["batch"],
         "step, ms": 1e3 * spent["step"],
+        "step in bf16, ms": 1e3 * float(np.median(times["step in bf16"])),
         "floor, ms": 1e3 * floor,
         "times the floor": sum(spent.values()) / floor,
     }
@@ -229,13 +240,58 @@ def memory(data: str, library_key: str, seed: int) -> Values:
 # ---------------------------------------------------------------------------------------------------------------- race
 
 
+def half(data: str, library_key: str, seed: int) -> tuple[Any, Any]:
+    """Half of the transcripts of a data set, as the methods of the accuracy benchmark take them; and the split."""
+    from spaformer_sc import metrics
+
+    task = load(data, library_key)
+    split = metrics.thin(task.X, 0.5, random_state=seed)
+    task.X = split.train
+    if key_in(task, library_key):
+        task.obs["fov"] = task.obs[library_key]
+    output = {"protocol": "thinning", "output": "rate", "target_sum": 1.0, "random_state": seed, "scratch": None}
+    task.uns["task"] = output
+    return task, split
+
+
+def whole(method: str, data: str, library_key: str, seed: int) -> Values:
+    """Time and peak memory of one method from half of the counts to rates of all cells, and its score on the rest."""
+    from spaformer_sc import metrics
+
+    importlib.import_module(RACERS[method])
+    task, split = half(data, library_key, seed)
+    impute = racer(method)
+    started, used = time.perf_counter(), time.process_time()
+    rates = impute(task)
+    costs = time.perf_counter() - started, time.process_time() - used, peak_mib()
+    return dict(zip(COSTS, (*costs, metrics.poisson_gain(split.held, rates, split.train)), strict=True))
+
+
+def racer(method: str) -> Callable[[Any], Any]:
+    """Give a method of :data:`RACERS` as a function from a task to rates."""
+    import numpy as np
+    from peers import load as peer
+    from peers._cells import Cells
+    from peers._tuning import as_shares
+
+    def magic_as_it_comes(task: Any) -> Any:
+        cells = Cells.of(task)
+        every = np.arange(task.n_obs)
+        ((_, rates),) = peer("magic").family(cells, [MAGIC_DEFAULTS], every, task.uns["task"]["random_state"])
+        return as_shares(rates, cells.gene_mean)
+
+    if method == "MAGIC":
+        return magic_as_it_comes
+    impute = peer({"ours, fast": "spaformer_fast", "scVI": "scvi", "MAGIC, tuned": "magic"}[method])
+    return lambda task: impute(task)[0]
+
+
 def race(data: str, library_key: str, seed: int) -> Values:
     """Time that scVI trains, its held-out score, and the time in which each quality of ours comes to that score.
 
     Half of the transcripts are held out. Every network of ours is scored whenever it is validated; the time of scoring
     is not counted.
     """
-    import anndata as ad
     import numpy as np
     import torch
     from peers.scvi import scvi
@@ -244,13 +300,7 @@ def race(data: str, library_key: str, seed: int) -> Values:
     from spaformer_sc import metrics
     from spaformer_sc.training import trainer
 
-    adata = load(data, library_key)
-    split = metrics.thin(adata.X, 0.5, random_state=seed)
-    task = ad.AnnData(split.train, obs=adata.obs, obsm=dict(adata.obsm))
-    if key_in(adata, library_key):
-        task.obs["fov"] = task.obs[library_key]
-    output = {"protocol": "thinning", "output": "rate", "target_sum": 1.0, "random_state": seed, "scratch": None}
-    task.uns["task"] = output
+    task, split = half(data, library_key, seed)
     found: Values = {}
     started = time.perf_counter()
     import scvi as package
@@ -270,7 +320,7 @@ def race(data: str, library_key: str, seed: int) -> Values:
     found["scVI, all, s"] = time.perf_counter() - started
     found["scVI, gain"] = metrics.poisson_gain(split.held, rates, split.train)
 
-    model = sf.SpaFormer(library_key=key_in(adata, library_key), quality="fast", random_state=seed, progress=False)
+    model = sf.SpaFormer(library_key=key_in(task, library_key), quality="fast", random_state=seed, progress=False)
     check, scoring = trainer._Watch.check, [0.0]
     started = time.perf_counter()
 
@@ -299,6 +349,7 @@ def race(data: str, library_key: str, seed: int) -> Values:
     trainer._Watch.check = scored
     model.fit(task)
     found["ours, fast, all, s"] = time.perf_counter() - started - scoring[0]
+    found["ours, fast, gain"] = metrics.poisson_gain(split.held, model.impute(task, output="rate"), split.train)
     if "ours, to that gain, s" in found:
         found["ours over scVI, training"] = found["ours, to that gain, s"] / found["scVI, training, s"]
     return found
@@ -308,7 +359,7 @@ def race(data: str, library_key: str, seed: int) -> Values:
 
 
 def transfer(data: str, library_key: str, seed: int) -> Values:
-    """Gain in half of the fields of view of a model of the others: as it is, tuned, and of one fitted anew."""
+    """Gain in most fields of view of a model of the few others: as it is, tuned, and of one fitted anew."""
     import numpy as np
 
     import spaformer_sc as sf
@@ -318,25 +369,30 @@ def transfer(data: str, library_key: str, seed: int) -> Values:
     if key_in(adata, library_key) is None:
         raise SystemExit(f"{data}: transfer needs fields of view in obs[{library_key!r}]")
     names = adata.obs[library_key].cat.categories
-    elsewhere = np.asarray(adata.obs[library_key].isin(names[1::2]))
-    here, there = adata[~elsewhere].copy(), adata[elsewhere].copy()
+    few = np.asarray(adata.obs[library_key].isin(names[::FEW]))
+    here, there = adata[few].copy(), adata[~few].copy()
     split = metrics.thin(there.X, 0.5, random_state=seed)
     there.X = split.train
-    found: Values = {}
+    found: Values = {"cells of the few": float(here.n_obs), "cells of the others": float(there.n_obs)}
 
-    def fitted(title: str, fit: Any) -> Any:
+    def fitted(title: str, fit: Callable[[], Any]) -> Any:
         started = time.process_time()
         model = fit()
         found[f"{title}, CPU s"] = time.process_time() - started
+        found[f"{title}, steps"] = model.history["step"][-1]
         found[f"{title}, gain"] = metrics.poisson_gain(split.held, model.impute(there, output="rate"), split.train)
         return model
 
     def new() -> Any:
         return sf.SpaFormer(library_key=library_key, quality="fast", random_state=seed, progress=False)
 
-    model = fitted("fitted to others, as it is", lambda: new().fit(here))
+    model = fitted("fitted to the few, as it is", lambda: new().fit(here))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(Path(folder) / "model")
+        saved = sf.SpaFormer.load(Path(folder) / "model", progress=False)
     for effort in EFFORTS:
-        fitted(f"tuned with {100 * effort:.0f} % of the steps", lambda: model.fine_tune(there, effort=effort))  # noqa: B023
+        tune = partial(saved.fine_tune, there, effort=effort)
+        fitted(f"tuned with at most {100 * effort:.0f} % of the steps", tune)
     fitted("fitted anew", lambda: new().fit(there))
     return found
 
@@ -438,6 +494,7 @@ def run_job(job: dict[str, Any]) -> Values:
         "step": step,
         "memory": memory,
         "race": race,
+        "whole": whole,
         "transfer": transfer,
         "tissue": tissue,
     }
@@ -475,6 +532,16 @@ def planned(arguments: argparse.Namespace) -> list[tuple[tuple[str, ...], dict[s
                 for data in arguments.data:
                     job = {"data": data, "library_key": arguments.library_key}
                     add(part, Path(data).stem, 0, 0, 0, seed, job)
+                    for method in RACERS if part == "race" else ():
+                        add(
+                            part,
+                            f"{Path(data).stem}, {method}",
+                            0,
+                            0,
+                            0,
+                            seed,
+                            job | {"function": "whole", "method": method},
+                        )
         if "tissue" in arguments.parts:
             for cells in arguments.cells:
                 job = {"cells": cells, "genes": arguments.genes, "out": arguments.out, "quality": arguments.quality}
@@ -510,16 +577,38 @@ def report(rows: Iterable[Row]) -> str:
         lines += ["| cells | " + " | ".join(STAGES) + " |", "|" + "---|" * (len(STAGES) + 1)]
         for cells, values in chosen.items():
             lines.append(f"| {cells} | " + " | ".join(f"{1e6 * values[stage] / cells:.1f}" for stage in STAGES) + " |")
-        slopes = [exponent(list(chosen), [values[stage] for values in chosen.values()]) for stage in STAGES]
-        lines += ["| exponent of the time | " + " | ".join(f"{slope:.2f}" for slope in slopes) + " |", ""]
+        for least, of in ((0, ""), (MANY_CELLS, f", from {MANY_CELLS} cells")):
+            among = [cells for cells in chosen if cells >= least]
+            if len(among) < 2:
+                continue
+            slopes = [exponent(among, [chosen[cells][stage] for cells in among]) for stage in STAGES]
+            lines.append(f"| exponent of the time{of} | " + " | ".join(f"{slope:.2f}" for slope in slopes) + " |")
+        lines.append("")
+    lines += races(by_part["race"])
     for part in PARTS[1:]:
         for key, values in by_part[part].items():
+            if ", " in key[1] and part == "race":
+                continue
             size = ", ".join(f"{number} {name}" for number, name in zip(key[2:5], ("cells", "genes", "FOVs")) if number)
             title = ", ".join(text for text in (key[1], size, f"{key[5]} thread(s)", f"seed {key[6]}") if text)
             lines += [f"**{part.capitalize()}**: {title}", "", "| | |", "|---|---|"]
             lines += [f"| {score} | {value:.4g} |" for score, value in values.items()]
             lines.append("")
     return "\n".join(lines)
+
+
+def races(runs: dict[tuple[str, ...], Values]) -> list[str]:
+    """A table for each data set, number of threads and seed: what each method takes from counts to result."""
+    lines: list[str] = []
+    methods = {key: key[1].partition(", ") for key in runs if ", " in key[1]}
+    for data, *rest in dict.fromkeys((methods[key][0], *key[2:]) for key in methods):
+        lines += [f"**Race**, from counts to result: {data}, {rest[3]} thread(s), seed {rest[4]}", ""]
+        lines += ["| method | " + " | ".join(COSTS) + " |", "|" + "---|" * (len(COSTS) + 1)]
+        for key, (of, _, method) in methods.items():
+            if (of, *key[2:]) == (data, *rest):
+                lines.append(f"| {method} | " + " | ".join(f"{runs[key][cost]:.4g}" for cost in COSTS) + " |")
+        lines.append("")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ DECODERS = ("gaussian", "poisson", "nb", "zinb")
 DISPERSIONS = ("gene", "gene_fov", "entry")
 DISPERSED = ("nb", "zinb")
 """Decoders that have a dispersion."""
+PRECISIONS = ("float32", "bf16")
 READ_THE_GRAPH = frozenset({"gat", "conditional", "conditional_gat"})
 """Encoders and positional encodings that read the spatial graph between tokens."""
 FORMS = ("plain", "wide", "large")
@@ -75,6 +76,9 @@ class Training:
     windows
         Divide a FOV into windows of neighbouring cells, in place of random subsets, for the sequences of a step;
         always true with what reads the graph between tokens (:data:`READ_THE_GRAPH`).
+    precision
+        Of the matrix products in training, one of :data:`PRECISIONS`; weights, likelihood and prediction are always
+        ``"float32"``.
     """
 
     n_steps: int = 2000
@@ -93,6 +97,7 @@ class Training:
     masked_features: float | tuple[float, float] = 0.5
     thinning: tuple[float, float] = (0.3, 0.7)
     windows: bool = False
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -292,6 +297,7 @@ _TRAINING: dict[str, Callable[[str, Any], Any]] = {
     "masked_features": _rate,
     "thinning": _pair,
     "windows": check_flag,
+    "precision": _choice(*PRECISIONS),
 }
 ADVANCED = (*_MODEL, *_TRAINING)
 """Names that ``settings=`` takes."""

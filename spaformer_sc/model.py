@@ -61,6 +61,9 @@ HELD_ENTRIES = 0.05
 LED_BACK, LEAST_LED_BACK = 1000, 10
 """About as many cells, but so many of each FOV, tell how log-normalised values lead back to expected counts."""
 
+LEAST_VALIDATIONS = 10
+"""Validations of a network that is tuned, however few its steps; each takes as long as some steps."""
+
 AS_FITTED = "as fitted"
 """Default of arguments that say where data are found: as in the fit."""
 
@@ -146,10 +149,11 @@ class Start:
     effort: float
 
     def training(self, usual: Training) -> Training:
-        """How to train a network further that is usually trained like this."""
+        """How to train a network further that is usually trained like this: at the usual rate, validated less often."""
         n_steps = max(1, round(self.effort * usual.n_steps))
         n_epochs = None if usual.max_epochs is None else max(1, round(self.effort * usual.max_epochs))
-        return replace(usual, n_steps=n_steps, max_epochs=n_epochs, learning_rate=usual.learning_rate / 3)
+        n_validations = min(usual.n_validations, max(LEAST_VALIDATIONS, round(self.effort * usual.n_validations)))
+        return replace(usual, n_steps=n_steps, max_epochs=n_epochs, n_validations=n_validations)
 
     def weights(self, number: int) -> dict[str, torch.Tensor]:
         """Weights of a network; nothing is mixed into its shares yet, and gene means are those of the new data."""
@@ -340,8 +344,8 @@ class SpaFormer:
     ) -> SpaFormer:
         """Go on training with other cells, such as those of a new slide, in a fraction of the time of a fit.
 
-        Every network starts where it is and is trained at a third of the learning rate; held-out counts of the new
-        cells decide when it stops, how networks are weighed, and give the scores.
+        Every network starts where it is and is trained as in a fit, in fewer steps; held-out counts of the new cells
+        decide when it stops, how networks are weighed, and give the scores.
 
         Parameters
         ----------

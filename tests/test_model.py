@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -16,8 +17,10 @@ import scipy.sparse as sp
 import torch
 
 import spaformer_sc as sf
+from spaformer_sc._config import Training
 from spaformer_sc._saved import SCHEMA
 from spaformer_sc.data._graph import spatial_graph
+from spaformer_sc.model import Start
 from tests.conftest import contents, sha256
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -601,6 +604,14 @@ def test_tuning_gives_a_new_model_that_starts_from_the_old_one(fitted, shared_ti
     moved = [float((new[name] - old[name]).norm() / old[name].norm().clamp(min=1e-6)) for name in weights]
     assert 0 < max(moved) < 1
     assert tuned.impute(other).shape == other.shape
+
+
+def test_tuning_trains_as_a_fit_does_in_fewer_steps(fitted) -> None:
+    usual = Training(n_steps=2000, n_validations=25, learning_rate=1e-3)
+    tuned = [Start(fitted, effort).training(usual) for effort in (0.2, 0.8)]
+    assert [(t.n_steps, t.n_validations, t.learning_rate) for t in tuned] == [(400, 10, 1e-3), (1600, 20, 1e-3)]
+    few = replace(usual, n_validations=3, max_epochs=7)
+    assert Start(fitted, 0.2).training(few) == replace(few, n_steps=400, max_epochs=1)
 
 
 def test_tuning_starts_better_than_anew(fitted) -> None:

@@ -262,3 +262,28 @@ def test_a_schedule_moves_within_an_epoch_too() -> None:
 
     assert hidden((0.0, 1.0)) == pytest.approx([1 / 6, 3 / 6, 5 / 6], abs=0.03)
     assert hidden((0.5, 0.5)) == pytest.approx([0.5] * 3, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decoder": "nb"},
+        {"decoder": "zinb", "posterior": False, "wide": True},
+        {"decoder": "nb", "dispersion": "entry"},
+        {"decoder": "gaussian", "posterior": False},
+        {"variational": True},
+    ],
+)
+def test_what_is_decoded_under_autocast_has_single_precision(changes: dict[str, object]) -> None:
+    net = awake(network(**changes))
+    tokens = sampler().whole(tissue()[0])
+    expected = net(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net(tokens)
+    for full, half in zip(vars(expected.decoded).values(), vars(found.decoded).values(), strict=True):
+        if full is not None:
+            assert half.dtype == torch.float32
+            torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)
+    assert not torch.equal(found.decoded.expression, expected.decoded.expression)
+    if changes.get("decoder") != "gaussian":
+        torch.testing.assert_close(net.decoder.share(found.decoded).sum(1), torch.ones(len(tokens.depth)))

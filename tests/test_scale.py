@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import anndata as ad
+import numpy as np
 import pytest
+
+import spaformer_sc as sf
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 if not FOLDER.is_dir():
     pytest.skip("benchmarks are not part of this distribution", allow_module_level=True)
 sys.path.insert(0, str(FOLDER))
+import gpu  # noqa: E402
 import scale  # noqa: E402
 
 
@@ -23,11 +27,12 @@ def row(part, cells, fovs, score, value, data="simulated"):
 
 def test_exponents_are_those_of_a_power_law() -> None:
     rows = []
-    for cells in (1_000, 3_000, 10_000):
+    for cells in (1_000, 3_000, 10_000, 30_000, 100_000):
         for power, stage in zip((1.0, 1.1, 2.0, 1.0), scale.STAGES, strict=True):
             rows.append(row("growth", cells, 1, stage, 1e-6 * cells**power))
     page = scale.report(rows)
     assert "| exponent of the time | 1.00 | 1.10 | 2.00 | 1.00 |" in page
+    assert "| exponent of the time, from 10000 cells | 1.00 | 1.10 | 2.00 | 1.00 |" in page
     assert "| 1000 | 1.0 |" in page
     assert "fields of view of 200 cells" not in page
 
@@ -71,3 +76,106 @@ def test_stages_of_growth_are_measured() -> None:
     found = scale.growth(cells=400, genes=20, fovs=2, seed=0)
     assert set(found) == set(scale.STAGES)
     assert min(found.values()) > 0
+
+
+@pytest.fixture(scope="module")
+def tissue(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("scale") / "tissue.h5ad"
+    sf.datasets.simulated_tissue(5, 30, 15).write_h5ad(path)
+    return str(path)
+
+
+def test_what_methods_take_is_one_table_for_each_data_set() -> None:
+    takes = {"ours, fast": 5.0, "MAGIC, tuned": 70.0}
+    rows = [row("race", 0, 0, cost, s, f"lung, {name}") for name, s in takes.items() for cost in scale.COSTS]
+    rows.append(row("race", 0, 0, "scVI, gain", 0.4, "lung"))
+    page = scale.report(rows)
+    assert page.count("**Race**") == 2
+    assert "| ours, fast | 5 | 5 | 5 | 5 |\n| MAGIC, tuned | 70 | 70 | 70 | 70 |" in page
+    assert "| scVI, gain | 0.4 |" in page
+
+
+def test_every_method_has_a_process_of_its_own(tissue) -> None:
+    class Arguments:
+        parts, data, library_key, seeds, threads = ("race",), [tissue], "fov", [3], 1
+
+    runs = scale.planned(Arguments)
+    assert len({key for key, _ in runs}) == len(runs)
+    assert [job.get("method") for _, job in runs] == [None, *scale.RACERS]
+    assert all(job["seed"] == 3 for _, job in runs)
+
+
+def test_what_a_method_takes_is_measured(tissue, monkeypatch) -> None:
+    def gene_mean(task):
+        assert task.obs["fov"].nunique() == 5
+        return np.tile(np.asarray(task.X.mean(axis=0)), (task.n_obs, 1))
+
+    monkeypatch.setattr(scale, "racer", lambda method: gene_mean)
+    found = scale.whole("ours, fast", tissue, "fov", 0)
+    assert tuple(found) == scale.COSTS
+    assert found["gain"] == pytest.approx(0, abs=1e-6)
+    assert found["s"] > 0
+    assert found["peak, MiB"] > 0
+
+
+def test_magic_runs_as_it_comes_and_tuned(tissue) -> None:
+    pytest.importorskip("magic")
+    task, _ = scale.half(tissue, "fov", 0)
+    plain, tuned = (scale.racer(name)(task) for name in ("MAGIC", "MAGIC, tuned"))
+    for rates in (plain, tuned):
+        np.testing.assert_allclose(rates.sum(axis=1), 1, rtol=1e-5)
+    assert (plain != tuned).any()
+
+
+def test_transfer_scores_the_same_cells_each_time(tissue, monkeypatch) -> None:
+    class Short(sf.SpaFormer):
+        def __init__(self, **choices) -> None:
+            super().__init__(**{"max_epochs": 2} | choices)
+
+    monkeypatch.setattr(sf, "SpaFormer", Short)
+    monkeypatch.setattr(scale, "EFFORTS", (0.5,))
+    seen = []
+    impute = Short.impute
+    monkeypatch.setattr(Short, "impute", lambda self, adata, **to: seen.append(adata) or impute(self, adata, **to))
+    found = scale.transfer(tissue, "fov", 0)
+    assert found["cells of the few"] + found["cells of the others"] == 150
+    assert found["cells of the few"] == 60
+    assert len(seen) == 3
+    assert all(adata is seen[0] for adata in seen)
+    titles = ("fitted to the few, as it is", "tuned with at most 50 % of the steps", "fitted anew")
+    assert list(found)[2:] == [f"{title}, {what}" for title in titles for what in ("CPU s", "steps", "gain")]
+    assert found[f"{titles[1]}, steps"] < found[f"{titles[2]}, steps"]
+    with pytest.raises(SystemExit, match="needs fields of view"):
+        scale.transfer(tissue, "slide", 0)
+
+
+def test_without_a_gpu_nothing_is_measured(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path / "gpu")]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+    assert not (tmp_path / "gpu").exists()
+
+
+def test_what_is_measured_on_a_gpu_runs_on_a_processor(tmp_path, monkeypatch, capsys) -> None:
+    compiled = []
+    monkeypatch.setattr(gpu.torch, "compile", lambda network: compiled.append(network) or network)
+    monkeypatch.setattr(gpu, "WARM_UP", 1)
+    command = ["--device", "cpu", "--cells", "220", "--genes", "12", "--repeats", "1", "--out", str(tmp_path)]
+    assert gpu.main(command) == 0
+    rows = gpu.read_rows(tmp_path / "runs.csv", gpu.COLUMNS)
+    assert [sum(row["part"] == part for row in rows) for part in gpu.PARTS] == [8, 4, 4, 1]
+    assert len(compiled) == 4
+    assert all(float(row["ms"]) > 0 for row in rows)
+    assert "| exact, bf16, fields of view of 200 | 200 | 12 |" in capsys.readouterr().out
+    assert gpu.main([*command, "--parts", "attention", "transfer"]) == 0
+    assert gpu.read_rows(tmp_path / "runs.csv", gpu.COLUMNS) == rows
+
+
+def test_pieces_of_a_batch_are_moved_and_the_rest_kept() -> None:
+    from spaformer_sc.nn.network import Tokens
+
+    one = gpu.torch.ones(2, 3)
+    tokens = gpu.mapped(Tokens((one, one), one, one[:, 0], None, [2]), lambda tensor: tensor + 1)
+    assert tokens.lengths == [2]
+    assert tokens.visible is None
+    assert all((part == 2).all() for part in (*tokens.values, tokens.counts, tokens.depth))

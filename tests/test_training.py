@@ -121,6 +121,15 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_generator_al
     assert not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.parametrize("changes", [{}, {"decoder": "zinb"}, {"decoder": "gaussian", "posterior": False}])
+def test_products_of_half_precision_teach_the_same(changes: dict[str, object]) -> None:
+    results = [run(Training(max_epochs=6, precision=p), lambda net: 0.0, **changes) for p in ("float32", "bf16")]
+    losses = [history.loss for _, history in results]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.01)
+    assert all(parameter.dtype == torch.float32 for parameter in results[1][0].parameters())
+
+
 def test_random_features_are_redrawn() -> None:
     first = network().encoder.layers[0].attention.features.clone()
     trained, _ = run(Training(max_epochs=4, redraw_every=3, averaging=0.9), lambda net: float(len(str(net))))

@@ -44,6 +44,14 @@ class Decoded:
     log_dispersion: Tensor | None = None
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Values in single precision where autocast has computed them in less; others as they are.
+
+    Shares of genes are far smaller than 1, and what is summed over thousands of them needs more than three digits.
+    """
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def full_depth(share: Tensor, counts: Tensor, measured: Tensor) -> Tensor:
     """Depth over all genes (cells,) of cells of which only ``measured`` entries (cells, genes) were counted.
 
@@ -154,14 +162,14 @@ class CountDecoder(nn.Module):
             Added to the logarithm of the shares (cells, genes), or None.
         """
         hidden = self.hidden(latent)
-        logits = self.logits(hidden)
+        logits = at_least_float32(self.logits(hidden))
         logits = logits if offset is None else logits + offset
         log_dispersion = self._log_dispersion(hidden, fov)
         if self.log_concentration is None or self.concentration is None:
             share = torch.softmax(logits, dim=-1)
         else:
             bias = self.concentration.bias + self.log_concentration
-            log_concentration = _limited(F.linear(hidden, self.concentration.weight, bias))
+            log_concentration = _limited(at_least_float32(F.linear(hidden, self.concentration.weight, bias)))
             if visible is not None and log_dispersion is not None:
                 log_dispersion = torch.where(visible, log_dispersion, log_concentration)
             share = posterior_share(logits, log_concentration, counts, depth, visible)
@@ -325,8 +333,7 @@ class ZeroInflatedDecoder(NegativeBinomialDecoder):
         nn.init.constant_(self.zeros.bias, -3.0)
 
     def _zero_logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.zeros(hidden)
-        return logits
+        return at_least_float32(self.zeros(hidden))
 
     def log_prob(self, target: Tensor, mean: Tensor, decoded: Decoded) -> Tensor:
         if decoded.zero_logits is None or decoded.log_dispersion is None:
@@ -367,7 +374,7 @@ class GaussianDecoder(nn.Module):
         offset: Tensor | None = None,
     ) -> Decoded:
         """Decode log-normalised values (cells, genes), plus ``offset``; the cell's counts are not used again."""
-        output = self.output(self.hidden(latent))
+        output = at_least_float32(self.output(self.hidden(latent)))
         return Decoded(output if offset is None else output + offset)
 
     def log_likelihood(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .decoders import DECODERS, Decoded, Decoder, full_depth
+from .decoders import DECODERS, Decoded, Decoder, at_least_float32, full_depth
 from .encoder import Encoder
 from .seeding import seeded
 
@@ -268,10 +268,10 @@ class Network(nn.Module):
             Source of what is random in training.
         """
         offset = None if self.wide is None else self.wide(x)
-        latent, divergence = self.latent(context), None
+        latent, divergence = at_least_float32(self.latent(context)), None
         decode_from = latent
         if self.latent_log_variance is not None:
-            log_variance = self.latent_log_variance(context).clamp(-10.0, 10.0)
+            log_variance = at_least_float32(self.latent_log_variance(context)).clamp(-10.0, 10.0)
             divergence = 0.5 * (latent.square() + log_variance.exp() - 1.0 - log_variance).sum(-1)
             if self.training:
                 noise = torch.randn(latent.shape, generator=generator, dtype=latent.dtype).to(latent.device)

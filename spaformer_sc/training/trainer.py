@@ -344,10 +344,11 @@ def train(
                 if step and step % config.redraw_every == 0:
                     network.encoder.redraw(features)
                 kl_weight = KL_WEIGHT * min(1.0, (step + 1) / max(1, n_steps // 4))
-                if losses is None:
-                    loss = batch_loss(network, batch, kl_weight, noise)
-                else:
-                    loss = losses(batch, kl_weight, noise, size)
+                with torch.autocast(sampler.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    if losses is None:
+                        loss = batch_loss(network, batch, kl_weight, noise)
+                    else:
+                        loss = losses(batch, kl_weight, noise, size)
                 shown = ranks.mean(loss.detach())
                 if not torch.isfinite(shown):
                     return watch.diverged(step)
