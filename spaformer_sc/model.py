@@ -639,7 +639,7 @@ class SpaFormer:
                 if components is not None:
                     start_from_components(network, components)
                 seed = derived_seed(self.random_state, f"training {number}")
-                tasks.append(Task(number, network, training, seed))
+                tasks.append(Task(number, network, training, seed, tuned=start is not None))
             bar = ProgressBar("training", self.progress and ranks.first, tasks[0].number, n_networks)
             for trained, history in train_abreast(tasks, data, sampler, validate, workers, bar, checkpoint, ranks):
                 if mixing:

@@ -614,6 +614,17 @@ def test_tuning_trains_as_a_fit_does_in_fewer_steps(fitted) -> None:
     assert Start(fitted, 0.2).training(few) == replace(few, n_steps=400, max_epochs=1)
 
 
+def test_what_is_tuned_in_vain_stays_as_it_is(fitted, shared_tissue, monkeypatch) -> None:
+    scores = iter([0.5, 0.4, 0.3, *[0.2] * 20])
+    monkeypatch.setattr("spaformer_sc.training.mixing.HeldCounts.gain", lambda *_, **__: next(scores))
+    tuned = fitted.fine_tune(shared_tissue, effort=1.0)
+    assert tuned.history["step"][0] == 0
+    assert tuned.history["validation"][0] == max(tuned.history["validation"])
+    old, new = (model._networks[0].state_dict() for model in (fitted, tuned))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed <= {"decoder.mixture", "decoder.gene_share"}
+
+
 def test_tuning_starts_better_than_anew(fitted) -> None:
     other = sf.datasets.simulated_tissue(2, 60, 30, random_state=5, panel_state=0)
     arguments = {"library_key": "fov", "quality": "fast", "progress": False}

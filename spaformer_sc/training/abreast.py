@@ -18,12 +18,16 @@ from .trainer import History, planned_steps, train
 
 @dataclass(frozen=True)
 class Task:
-    """A network to train: its number, the network at its start, how to train it, and the seed of what is random."""
+    """A network to train: its number, the network at its start, how to train it, and the seed of what is random.
+
+    ``tuned`` says that it has been trained before.
+    """
 
     number: int
     network: Network
     training: Training
     seed: int
+    tuned: bool
 
 
 def train_abreast(
@@ -86,6 +90,7 @@ def train_abreast(
             validate=validate,
             seed=task.seed,
             progress=progress,
+            tuned=task.tuned,
             ahead=workers.ahead if n_abreast < workers.n else iter,
             checkpoint=checkpoint,
             state=f"training_{task.number}",

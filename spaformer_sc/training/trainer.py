@@ -44,7 +44,7 @@ class History:
     step, epoch
         Where the validation took place.
     loss
-        Mean training loss since the validation before.
+        Mean training loss since the validation before; NaN before the first step.
     validation
         Score on what is held out; larger is better.
     """
@@ -197,7 +197,8 @@ class _Watch:
         score = self.validate(self.network)
         self.history.step.append(step)
         self.history.epoch.append(epoch)
-        self.history.loss.append(float(torch.stack([loss.to(self.losses[-1].device) for loss in self.losses]).mean()))
+        losses = [loss.to(self.losses[-1].device) for loss in self.losses]
+        self.history.loss.append(float(torch.stack(losses).mean()) if losses else math.nan)
         self.history.validation.append(score)
         self.losses = []
         if math.isnan(score) or score > self.best_score:
@@ -244,6 +245,7 @@ def train(
     validate: Callable[[Network], float],
     seed: int,
     progress: Callable[[int, int, float], None],
+    tuned: bool = False,
     ahead: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
     checkpoint: Checkpoint | None = None,
     state: str = "training",
@@ -268,6 +270,8 @@ def train(
     progress
         Called after each step with the number of steps done, of all steps (those done, when training stops early), and
         the best validation score so far, that of the weights that are kept; -inf before the first.
+    tuned
+        The network has been trained before: its weights as they are count too.
     ahead
         Iterates over the batches of an epoch, and may make them ahead of their use.
     checkpoint
@@ -312,6 +316,9 @@ def train(
                 generator.set_state(at)
             if draws:
                 set_random_state(kept["dropout"], sampler.device)
+        elif tuned:
+            watch.check(0, 0.0)
+            network.train()
         ranks.wait()  # the first may go on to keep another state in place of this
         for epoch in range(first_epoch, n_epochs):
             if checkpoint is not None and checkpoint.due(state):
