@@ -63,8 +63,10 @@ def growth(cells: int, genes: int, fovs: int, seed: int) -> Values:
     from torch_geometric.data import Data
 
     import spaformer_sc as sf
+    from spaformer_sc._threads import Workers
     from spaformer_sc.data._fields import GraphConfig, Layout, fields_of_view
     from spaformer_sc.positional import build_positional
+    from spaformer_sc.training.prediction import in_blocks
     from spaformer_sc.training.trainer import _optimizer, batch_loss
 
     rng = np.random.default_rng(seed)
@@ -115,11 +117,15 @@ def growth(cells: int, genes: int, fovs: int, seed: int) -> Values:
     found["training step"] = time.perf_counter() - started
     network.eval()
     started = time.perf_counter()
-    with torch.inference_mode():
+
+    def lognorm(_: slice, tokens: Any, outputs: Iterable[Any]) -> None:
+        for output in outputs:
+            network.decoder.lognorm(output.decoded, tokens.depth, 100.0)
+
+    with Workers(torch.device("cpu")) as workers:
         for sequence in data:
-            tokens = sampler.whole(sequence)
-            result = network(tokens)
-            network.decoder.lognorm(result.decoded, tokens.depth, 100.0)
+            for _ in in_blocks([network], sampler.open(sequence), lognorm, workers):
+                pass
     found["prediction"] = time.perf_counter() - started
     return found
 

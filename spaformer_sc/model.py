@@ -719,6 +719,7 @@ class SpaFormer:
         self.fov_scores.index = pd.Index([names[number] for number in range(len(names))])
         self.posterior = self._calibrated(rates, split, missing, shape_where_missing)
         del rates, found
+        give_back()
         around = neighbour_rates(loaded.fields, train, split.validation, missing, self._shares)
         overall, per_gene = scores_of_neighbours(split.test, around, train, missing)
         self.scores |= overall

@@ -13,11 +13,11 @@ from scipy import sparse
 Matrix: TypeAlias = NDArray[Any] | sparse.csr_matrix
 """A dense array or a scipy sparse matrix, cells × genes."""
 
-_BLOCK_ENTRIES = 2**19
+_BLOCK_ENTRIES = 2**17
 
 
 def row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
-    """Yield consecutive row slices of about half a million entries each, so that dense temporaries stay small."""
+    """Yield consecutive row slices of about a hundred thousand entries each, so that dense temporaries stay small."""
     step = max(1, _BLOCK_ENTRIES // max(1, shape[1]))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))

@@ -572,17 +572,19 @@ def neighbour_rates(
     depth = np.asarray(train.sum(axis=1), dtype=np.float64).ravel()
     if missing is not None:
         depth /= np.maximum(~missing @ gene_share, 1e-6)
-    around = np.empty(train.shape, dtype=np.float32)
+    around: NDArray[np.float32] = np.empty(train.shape, dtype=np.float32)
     for fov in fields:
         rows, columns = fov.edge_index.numpy()
         graph = sp.csr_matrix((np.ones(len(rows)), (rows, columns)), (fov.n_cells, fov.n_cells))[fov.own]
         seen = depth[fov.cells] if missing is None else depth[fov.cells][:, None] * ~missing[fov.cells]
-        exposure = (graph @ seen)[:, None] if missing is None else graph @ seen
-        counted = (graph @ train[fov.cells]).toarray() + gene_share  # one transcript of the average cell
-        around[fov.cells[fov.own]] = counted / (exposure + 1)
+        counts, own = train[fov.cells], fov.cells[fov.own]
+        for block in row_blocks((len(own), train.shape[1])):
+            exposure = (graph[block] @ seen)[:, None] if missing is None else graph[block] @ seen
+            counted = (graph[block] @ counts).toarray() + gene_share  # one transcript of the average cell
+            around[own[block]] = counted / (exposure + 1)
     entries = validation.tocoo()
-    own = np.asarray(train[entries.row, entries.col]).ravel() / np.maximum(depth[entries.row], 1)
-    parts = np.stack([around[entries.row, entries.col], own, gene_share[entries.col]]).astype(np.float64)
+    seen_there = np.asarray(train[entries.row, entries.col]).ravel() / np.maximum(depth[entries.row], 1)
+    parts = np.stack([around[entries.row, entries.col], seen_there, gene_share[entries.col]]).astype(np.float64)
     weights = mixture_weights(parts, entries.data.astype(np.float64)) if entries.nnz else np.array([0.0, 0.0, 1.0])
     around *= np.float32(weights[0])
     around += np.float32(weights[2]) * gene_share
