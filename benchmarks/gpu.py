@@ -225,7 +225,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench(arguments.device, arguments.cells, arguments.genes)
     failed = 0
     for part in arguments.parts:
-        for what, cells, act in getattr(bench, part)():
+        measurements = getattr(bench, part)()
+        while True:
+            try:
+                what, cells, act = next(measurements)
+            except StopIteration:
+                break
+            except (RuntimeError, ImportError) as error:  # what is measured does not fit; the other parts go on
+                print(f"{part}: failed: {str(error).splitlines()[0]}", file=sys.stderr)
+                failed += 1
+                break
             key = name, torch.__version__, part, what, str(cells), str(arguments.genes)
             if (*key, code) in done:
                 continue

@@ -6,8 +6,9 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -28,12 +29,16 @@ def wait_patiently() -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+_lock = threading.Lock()
+_shared, _users = 1, 0
+
+
 class Workers:
     """Threads that each take whole pieces of work, in place of threads that share every operation of torch.
 
     The operations of a training step are so short that two threads which share them wait longer for each other than
     they save. In the context torch computes each operation in one thread, so that results do not depend on the number
-    of threads; it has as many workers as torch had threads, and on a GPU one.
+    of threads; it has as many workers as torch had threads. On a GPU there is one, and torch's threads stay.
 
     Parameters
     ----------
@@ -49,21 +54,41 @@ class Workers:
     def __init__(self, device: torch.device) -> None:
         import torch
 
-        self._shared = torch.get_num_threads()
-        self.n = self._shared if device.type == "cpu" else 1
+        self._device = device
+        with _lock:
+            self.n = 1 if device.type != "cpu" else _shared if _users else torch.get_num_threads()
 
     def __enter__(self) -> Workers:
+        global _shared, _users
         import torch
 
-        torch.set_num_threads(1)
-        self._pool = ThreadPoolExecutor(self.n, thread_name_prefix="spaformer_sc")
+        if self._device.type == "cpu":
+            with _lock:
+                if not _users:
+                    _shared = torch.get_num_threads()
+                _users += 1
+                torch.set_num_threads(1)
+        start = None
+        if self._device.type == "cuda":
+            number = self._device.index
+            start = partial(torch.cuda.set_device, torch.cuda.current_device() if number is None else number)
+        self._pool = ThreadPoolExecutor(self.n, thread_name_prefix="spaformer_sc", initializer=start)
         return self
 
     def __exit__(self, *_: object) -> None:
+        global _users
         import torch
 
         self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._shared)
+        if self._device.type == "cpu":
+            with _lock:
+                _users -= 1
+                if not _users:
+                    torch.set_num_threads(_shared)
+
+    def spare(self, n: int) -> bool:
+        """Whether there are threads beside ``n`` that compute; on a GPU those of the processor are."""
+        return n < self.n or self._device.type == "cuda"
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Results of a function, in the order of the items; as many at a time as there are threads."""
@@ -105,27 +130,30 @@ class Workers:
 
         with ThreadPoolExecutor(n, thread_name_prefix="spaformer_sc") as pool:
             ordered = sorted(tasks, key=cost, reverse=True)
-            running = {id(task): pool.submit(function, task, go_on) for task in ordered}
             try:
-                done, _ = wait(running.values(), return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
+                running = {id(task): pool.submit(function, task, go_on) for task in ordered}
+                left: set[Future[R]] = set(running.values())
+                while left:  # with a pause, in which an interrupt is noticed on every system
+                    done, left = wait(left, timeout=0.5, return_when=FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
             except BaseException:
                 stopped.set()
                 pool.shutdown(cancel_futures=True)
                 raise
             return [running[id(task)].result() for task in tasks]
 
-    def ahead(self, items: Iterator[T]) -> Iterator[T]:
-        """Items of an iterator, each made while the one before is in use."""
-        if self.n == 1:
-            yield from items
-            return
+    def ahead(self, items: Iterator[T]) -> Generator[T]:
+        """Items of an iterator, each made while the one before is in use; none is being made once this is closed."""
         end = object()
         coming: Future[T | object] = self._pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = self._pool.submit(next, items, end)
-            yield item  # type: ignore[misc]
+        try:
+            while (item := coming.result()) is not end:
+                coming = self._pool.submit(next, items, end)
+                yield item  # type: ignore[misc]
+        finally:
+            if not coming.cancel():
+                wait([coming])
 
 
 def _go_on() -> None:

@@ -450,7 +450,7 @@ class SpaFormer:
         loaded = self._take(opened, max(LEAST_FITTED, FITTED_ENTRIES // adata.n_vars))
         _checks.check_enough_cells(self.devices, loaded.counts.shape[0])
         workers = Workers(device)
-        self._state_memory(loaded, kept, workers)
+        self._state_memory(loaded, kept, workers, tuned=start is not None)
         self._ranks = join(device) if self.devices > 1 and launched() else ALONE
         if checkpoint is not None:
             checkpoint.writes = self._ranks.first
@@ -477,13 +477,14 @@ class SpaFormer:
         spread.iloc[cells] = self.cell_scores.to_numpy()
         self.cell_scores = spread.astype(self.cell_scores.dtypes)
 
-    def _state_memory(self, loaded: Loaded, kept: int, workers: Workers) -> None:
+    def _state_memory(self, loaded: Loaded, kept: int, workers: Workers, *, tuned: bool) -> None:
         from .training.sequences import BUFFER_BYTES
 
         s = self.settings
         n_cells, n_genes = loaded.counts.shape
         largest = max(f.n_cells for f in loaded.fields)
         forms = [in_form(s, form) for form in s.forms[: s.n_networks]]
+        n_together = s.n_networks if tuned else max(len(forms), s.n_networks - len(forms))
         state_memory(
             n_cells,
             n_genes,
@@ -494,7 +495,7 @@ class SpaFormer:
             n_inputs=1 + s.hops,
             n_decoded=10 if self._decodes_little(loaded.missing is not None) else 14,
             width=40 * max(form.dim for form in forms),
-            n_trainings=min(workers.n, len(forms)),
+            n_trainings=1 if s.dropout or self.devices > 1 else min(workers.n, n_together),
             n_threads=workers.n,
             masked=loaded.missing is not None,
             kept=kept,
@@ -590,7 +591,7 @@ class SpaFormer:
                 for name in ("step", "epoch", "loss", "validation")
             },
         }
-        if entries is None or self.settings.decoder == "gaussian":
+        if entries is None or not len(entries.counts) or self.settings.decoder == "gaussian":
             return None
         expected = entries.expected(self._networks, self._weights[1])
         return fit_shape_where_missing(expected, entries.counts)

@@ -269,3 +269,11 @@ def test_genes_missing_in_fields_of_view_choose_masking_of_genes() -> None:
     ).fit(tissue)
     assert model.settings.masking == ("thinning", "genes")
     assert np.isfinite(model.impute(tissue)).all()
+
+
+def test_entries_too_few_to_hold_any_out() -> None:
+    tissue = sf.datasets.simulated_tissue(2, 30, 4)
+    tissue.layers["missing"] = np.zeros(tissue.shape, dtype=bool)
+    tissue.layers["missing"][tissue.obs["fov"] == tissue.obs["fov"].iloc[0], 0] = True
+    sf.tl.impute(tissue, library_key="fov", missing="missing", quality="fast", max_epochs=2, progress=False)
+    assert np.isfinite(tissue.layers["spaformer"]).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 import time
 
@@ -101,6 +102,55 @@ def test_tasks_run_abreast_and_end_when_one_fails():
         assert workers.abreast(meet, [1, 2], 2, cost=float) == [-1, -2]
         with pytest.raises(ZeroDivisionError):
             workers.abreast(fail, [1, 2], 2, cost=float)
+
+
+def test_an_interrupt_ends_all_tasks():
+    ended = []
+
+    def interrupted(task, go_on):
+        if task == 1:
+            time.sleep(0.2)
+            _thread.interrupt_main()
+        try:
+            while True:
+                go_on()
+                time.sleep(0.001)
+        finally:
+            ended.append(task)
+
+    with Workers(CPU) as workers, pytest.raises(KeyboardInterrupt):
+        workers.abreast(interrupted, [1, 2], 2, cost=float)
+    assert sorted(ended) == [1, 2]
+
+
+def test_nothing_is_made_once_the_items_are_closed():
+    made = []
+
+    def items():
+        for i in range(100):
+            time.sleep(0.01)
+            made.append(i)
+            yield i
+
+    with Workers(CPU) as workers:
+        coming = workers.ahead(items())
+        assert next(coming) == 0
+        coming.close()
+        n_made = len(made)
+        time.sleep(0.05)
+        assert len(made) == n_made <= 2
+
+
+def test_two_fits_at_the_same_time_leave_the_threads_as_they_were(monkeypatch):
+    torch.set_num_threads(2)
+    first, second = Workers(CPU), None
+    with first:
+        second = Workers(CPU)
+        assert second.n == 2
+        second.__enter__()
+    assert torch.get_num_threads() == 1
+    second.__exit__()
+    assert torch.get_num_threads() == 2
 
 
 def test_torch_has_its_threads_again():

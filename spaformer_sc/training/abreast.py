@@ -67,8 +67,9 @@ def train_abreast(
     alone = ranks.size > 1 or any(task.network.config.dropout for task in tasks)
     n_abreast = 1 if alone else min(workers.n, len(tasks))
     samplers = {task.number: replace(sampler, tokens_per_step=task.training.tokens_per_step) for task in tasks}
-    for task in tasks:
-        bar.plan(task.number, planned_steps(data, samplers[task.number], task.training)[1])
+    n_steps = {task.number: planned_steps(data, samplers[task.number], task.training)[1] for task in tasks}
+    for number, n in n_steps.items():
+        bar.plan(number, n)
 
     def run(task: Task, go_on: Callable[[], None]) -> tuple[Network, History]:
         kept = None if checkpoint is None else checkpoint.load(f"network_{task.number}")
@@ -91,7 +92,7 @@ def train_abreast(
             seed=task.seed,
             progress=progress,
             tuned=task.tuned,
-            ahead=workers.ahead if n_abreast < workers.n else iter,
+            ahead=workers.ahead if workers.spare(n_abreast) else None,
             checkpoint=checkpoint,
             state=f"training_{task.number}",
             ranks=ranks,
@@ -102,4 +103,4 @@ def train_abreast(
         return trained, history
 
     with bar:
-        return workers.abreast(run, tasks, n_abreast, cost=lambda task: task.training.n_steps)
+        return workers.abreast(run, tasks, n_abreast, cost=lambda task: n_steps[task.number])

@@ -32,6 +32,7 @@ class ProgressBar:
         self._best = -math.inf
 
     def __enter__(self) -> ProgressBar:
+        self._bar = self._made()
         return self
 
     def plan(self, part: int, n_steps: int) -> None:
@@ -43,8 +44,6 @@ class ProgressBar:
         with self._lock:
             self._done[part], self._planned[part] = step, n_steps
             self._best = max(self._best, score)
-            if self._bar is None:
-                self._bar = self._made()
             self._bar.total = sum(self._planned.values())
             if math.isfinite(self._best):
                 self._bar.set_postfix_str(f"best held-out gain {self._best:.3f}", refresh=False)
@@ -57,8 +56,8 @@ class ProgressBar:
 
         numbers = sorted({self._first + 1, self._first + max(1, len(self._planned))})
         parts = f" {'-'.join(map(str, numbers))}/{self._n_parts}" if self._n_parts > 1 else ""
-        return tqdm(desc=self._label + parts, unit=self._unit, disable=not self._enabled, leave=True)
+        total = sum(self._planned.values()) or None
+        return tqdm(desc=self._label + parts, total=total, unit=self._unit, disable=not self._enabled, leave=True)
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()

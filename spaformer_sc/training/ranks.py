@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -309,7 +310,10 @@ def launch(function: Callable[..., ItemT], *arguments: Any, devices: int, device
             for process in started.processes:
                 process.kill()
                 process.join()
-            listener.stop()
+            # A process that was ended while it wrote a message may have left the queue locked.
+            stopping = threading.Thread(target=listener.stop, daemon=True)
+            stopping.start()
+            stopping.join(5)
         with open(Path(folder, RESULT), "rb") as file:
             found: ItemT = pickle.load(file)
     return found

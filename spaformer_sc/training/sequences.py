@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -147,12 +147,17 @@ class View:
         masks = {"visible": visible, "asked": corrupted.asked, "measured": corrupted.measured}
         return cls(fov, counts, target, values, shown, seen, corrupted.target_depth, masks, typical)
 
+    def input(self, number: int, rows: Tensor) -> Tensor:
+        """Expression of some cells (0), or its mean over one of their rings of neighbours (1, …), (cells, genes)."""
+        if number:
+            ring = self.fov.rings[number - 1][rows.numpy()]
+            return neighbour_values(self.values, self.shown, (ring,), self.typical)[0]
+        visible = self.masks["visible"]
+        return stand_in(self.values[rows], None if visible is None else visible[rows], self.typical)
+
     def inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Expression of some cells and its mean over each of their rings of neighbours (cells, genes each)."""
-        visible = None if self.masks["visible"] is None else self.masks["visible"][rows]
-        rings = [ring[rows.numpy()] for ring in self.fov.rings]
-        around = neighbour_values(self.values, self.shown, rings, self.typical)
-        return stand_in(self.values[rows], visible, self.typical), *around
+        return tuple(self.input(number, rows) for number in range(1 + len(self.fov.rings)))
 
     def mask(self, name: str, rows: Tensor) -> Tensor:
         """Some rows of one of the masks (cells, genes)."""
@@ -365,7 +370,7 @@ class Sampler:
         data: Sequence[FieldCounts],
         generator: torch.Generator,
         progress: tuple[float, float] = (0.0, 0.0),
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """Yield the batches of one epoch; every cell is a token once.
 
         Parameters

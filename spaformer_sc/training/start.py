@@ -42,8 +42,8 @@ def token_components(opened: Callable[[], Iterable[Whole]], dim: int, hops: int)
     def blocks(number: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         for whole in opened():
             for rows in torch.split(torch.arange(whole.view.fov.n_cells), BLOCK):
-                tokens = whole.block(rows, inputs=True)
-                yield tokens.values[number], None if number else tokens.visible
+                visible = None if number else whole.view.masks["visible"]
+                yield whole.view.input(number, rows), None if visible is None else visible[rows]
 
     return [principal_components(partial(blocks, number), size) for number, size in enumerate(_sizes(dim, hops))]
 

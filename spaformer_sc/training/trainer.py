@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -246,7 +246,7 @@ def train(
     seed: int,
     progress: Callable[[int, int, float], None],
     tuned: bool = False,
-    ahead: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
+    ahead: Callable[[Iterator[Batch]], Generator[Batch]] | None = None,
     checkpoint: Checkpoint | None = None,
     state: str = "training",
     ranks: Ranks = ALONE,
@@ -273,7 +273,7 @@ def train(
     tuned
         The network has been trained before: its weights as they are count too.
     ahead
-        Iterates over the batches of an epoch, and may make them ahead of their use.
+        Iterates over the batches of an epoch, and makes them ahead of their use; None to make them when they are used.
     checkpoint
         Where the state is kept between epochs, and taken up from if one is there; None for nowhere.
     state
@@ -295,6 +295,9 @@ def train(
     optimizer = _optimizer(network, config)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     average = WeightAverage(network, config.averaging) if config.averaging else None
+    # The cache of autocast is that of all threads; one that leaves would clear it for the others.
+    half = config.precision == "bf16"
+    autocast = partial(torch.autocast, sampler.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
     watch = _Watch(average.network if average else network, validate, config.patience)
     losses = None if ranks.size == 1 else ranks.averaging(_Loss(network))
     network.train()
@@ -343,7 +346,8 @@ def train(
                 noise.manual_seed(seeds[1])
                 if draws:
                     reseed(seeds[2], sampler.device)
-            batches = ahead(sampler.epoch(own, corruption, (epoch / n_epochs, (epoch + 1) / n_epochs)))
+            made = sampler.epoch(own, corruption, (epoch / n_epochs, (epoch + 1) / n_epochs))
+            batches = made if ahead is None else ahead(made)
             for batch, size in ranks.together(batches, partial(batch_size, network)):
                 factor = learning_rate_factor(step, n_steps, config)
                 for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
@@ -351,7 +355,7 @@ def train(
                 if step and step % config.redraw_every == 0:
                     network.encoder.redraw(features)
                 kl_weight = KL_WEIGHT * min(1.0, (step + 1) / max(1, n_steps // 4))
-                with torch.autocast(sampler.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                with autocast():
                     if losses is None:
                         loss = batch_loss(network, batch, kl_weight, noise)
                     else:
@@ -374,6 +378,7 @@ def train(
                 if watch.stop:
                     logger.info("stopped at step %d of %d: what is held out is predicted no better", step, n_steps)
                     return watch.result()
+            batches.close()  # what another rank has no part in is made no more
             if epoch == n_epochs - 1 and watch.losses:
                 watch.check(step, float(n_epochs))
     return watch.result()
