@@ -33,6 +33,8 @@ def _sliceable(matrix: Matrix, name: str) -> Matrix:
     """Return a matrix that can be cut into blocks of rows: CSR if sparse, an array otherwise."""
     if np.ndim(matrix) != 2:
         raise ValueError(f"`{name}` has {np.ndim(matrix)} dimension(s); give a matrix of cells × genes.")
+    if isinstance(matrix, _Lognorm):
+        return matrix
     return sparse.csr_matrix(matrix) if sparse.issparse(matrix) else np.asarray(matrix)
 
 
@@ -343,6 +345,26 @@ def gene_pearson(truth: Matrix, prediction: Matrix, *, mask: NDArray[np.bool_] |
     return correlation
 
 
+class _Lognorm:
+    """Log-normalised values of rates (cells, genes), computed when rows are asked for."""
+
+    ndim = 2
+
+    def __init__(
+        self, rates: NDArray[Any], cells: NDArray[np.int64], measured: NDArray[np.bool_] | None, target_sum: float
+    ) -> None:
+        self.shape = (len(cells), rates.shape[1])
+        self._rates, self._cells, self._measured, self._target_sum = rates, cells, measured, target_sum
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        shares: NDArray[Any] = self._rates[self._cells[rows]]
+        within = True if self._measured is None else self._measured[rows]
+        sums = shares.sum(axis=1, dtype=np.float64, keepdims=True, where=within)
+        shares *= np.where(sums > 0, self._target_sum / np.where(sums > 0, sums, 1), 0)
+        np.log1p(shares, out=shares)
+        return shares
+
+
 def gene_pearson_lognorm(
     held: Matrix, rates: NDArray[Any], *, measured: NDArray[np.bool_] | None = None
 ) -> _FloatArray:
@@ -375,11 +397,9 @@ def gene_pearson_lognorm(
     cells = library > 0
     target_sum = float(np.median(library[cells]))
     observed = (sparse.diags_array(target_sum / library[cells]) @ held[cells]).log1p()
-    shares = rates[cells]
     mask = None if measured is None else measured[cells]
-    sums = shares.sum(axis=1, dtype=np.float64, keepdims=True, where=True if mask is None else mask)
-    shares *= np.where(sums > 0, target_sum / np.where(sums > 0, sums, 1), 0)
-    correlations = gene_pearson(observed, np.log1p(shares, out=shares), mask=mask)
+    values: Any = _Lognorm(rates, np.flatnonzero(cells), mask, target_sum)
+    correlations = gene_pearson(observed, values, mask=mask)
     detected = np.asarray(held.sum(axis=0)).ravel() > 0
     return np.where(detected, np.nan_to_num(correlations, nan=0.0), np.nan)
 
