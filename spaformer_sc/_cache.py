@@ -17,7 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 CAPACITY = 256 * 2**20
-"""Bytes that `remembered` keeps: graphs and eigenvectors of more than a million cells."""
+"""Bytes that `remembered` keeps."""
 
 _OVERHEAD = 4096
 """Bytes that a result takes beside its arrays, at most."""

@@ -36,9 +36,6 @@ _CELLS_LOOKED_AT = 2000
 _SCANNED = 16_000_000
 
 
-_EXTRA = "pip install 'spaformer_sc[distributed]'"
-
-
 # --- small helpers ----------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +127,7 @@ def check_devices(devices: Any) -> int:
     if number == 1:
         return number
     if importlib.util.find_spec("lightning") is None:
-        raise ImportError(f"`devices={devices}` needs Lightning: {_EXTRA}.")
+        raise ImportError(f"`devices={devices}` needs Lightning: pip install 'spaformer_sc[distributed]'.")
     found = launched()
     if found is not None and found[0] != devices:
         raise ValueError(

@@ -77,32 +77,30 @@ class _Held:
 
         Ranks take about equally many cells each, in whole FOVs.
         """
-        found: list[T] = []
         whose = largest_first([sequence.fov.n_cells for sequence in self.fields], ranks.size)
-        for number in np.flatnonzero(whose == ranks.rank).tolist():
-            sequence = self.fields[number]
-            whole = self._sampler.open(sequence)
-            rows, cols, start = self._rows[number], self._cols[number], int(self._starts[number])
+        return [
+            part
+            for number in np.flatnonzero(whose == ranks.rank).tolist()
+            for part in self._in_field(number, networks, function)
+            if part is not None
+        ]
 
-            def of_block(
-                at: slice,
-                tokens: Tokens,
-                outputs: Iterator[Output],
-                sequence: FieldCounts = sequence,
-                rows: NDArray[np.int64] = rows,
-                cols: NDArray[np.int64] = cols,
-                start: int = start,
-            ) -> T | None:
-                first, last = np.searchsorted(rows, [at.start, at.stop])
-                if first == last:
-                    return None
-                places = torch.from_numpy(rows[first:last] - at.start), torch.from_numpy(cols[first:last])
-                measured = None if sequence.measured is None else sequence.measured[at]
-                return function(Block(tokens, places, slice(start + first, start + last), measured), outputs)
+    def _in_field(
+        self, number: int, networks: Sequence[Network], function: Callable[[Block, Iterator[Output]], T]
+    ) -> Iterator[T | None]:
+        """Apply a function to the blocks of one FOV; None for one without held-out entries."""
+        sequence, rows, cols = self.fields[number], self._rows[number], self._cols[number]
+        start = int(self._starts[number])
 
-            parts = in_blocks(networks, whole, of_block, self._workers)
-            found += [part for part in parts if part is not None]
-        return found
+        def of_block(at: slice, tokens: Tokens, outputs: Iterator[Output]) -> T | None:
+            first, last = np.searchsorted(rows, [at.start, at.stop])
+            if first == last:
+                return None
+            places = torch.from_numpy(rows[first:last] - at.start), torch.from_numpy(cols[first:last])
+            measured = None if sequence.measured is None else sequence.measured[at]
+            return function(Block(tokens, places, slice(start + first, start + last), measured), outputs)
+
+        return in_blocks(networks, self._sampler.open(sequence), of_block, self._workers)
 
 
 @dataclass(frozen=True)
