@@ -299,7 +299,8 @@ def read_counts(
     Returns
     -------
     csr_matrix, cells × genes, float32
-        A copy of its own: sorted indices, no duplicates, no explicit zeros.
+        Sorted indices, no duplicates, no explicit zeros. A matrix that is like that is not copied; what is returned is
+        read-only.
 
     Raises
     ------
@@ -426,7 +427,7 @@ def _check_fractions(
 
 
 def _as_csr(matrix: Any, name: str) -> sparse.csr_matrix:
-    """A float32 CSR copy in canonical form without explicit zeros."""
+    """A read-only float32 CSR matrix in canonical form without explicit zeros; a copy where it has to be."""
     if np.ma.isMaskedArray(matrix):
         raise ValueError(
             f"`{name}` is a masked array, and a mask is lost as soon as it is written to a file. Store "
@@ -437,9 +438,15 @@ def _as_csr(matrix: Any, name: str) -> sparse.csr_matrix:
     with np.errstate(over="ignore"):
         if not sparse.issparse(matrix):
             matrix = np.asarray(matrix, dtype=np.float32)
-        counts = sparse.csr_matrix(matrix, dtype=np.float32, copy=True)
-    counts.sum_duplicates()
-    counts.eliminate_zeros()
+        counts = sparse.csr_matrix(matrix, dtype=np.float32)
+    if not counts.has_canonical_format or not counts.data.all():
+        counts = counts.copy()
+        counts.sum_duplicates()
+        counts.eliminate_zeros()
+    for part in ("data", "indices", "indptr"):
+        shown = getattr(counts, part).view()
+        shown.flags.writeable = False
+        setattr(counts, part, shown)
     return counts
 
 
@@ -913,7 +920,7 @@ def check_graph(graph: Any, n: int, name: str = "connectivities") -> sparse.csr_
     Returns
     -------
     csr_matrix, n × n, float32
-        A copy, without explicit zeros.
+        Without explicit zeros; read-only, and not copied unless it has to be.
 
     Raises
     ------

@@ -76,7 +76,7 @@ def state_memory(
     """
     dense = 4 * n_cells * n_genes
     masks = n_cells * n_genes * 5 if masked else 0  # the user's, what is held out, both, and their parts by FOV
-    sparse = 8 * 8 * n_counts  # value and column of the counts, their three parts, and the FOVs' share of them
+    sparse = 6 * 8 * n_counts  # value and column of the counts, their three parts, and what is drawn to part them
     # The views of the next FOVs are made while those before are in use.
     views = 2 * min(buffer, dense * (3 if masked else 1) + 12 * n_counts)
     training = views + 4 * step * n_genes * (2 * n_decoded + n_inputs)

@@ -110,11 +110,7 @@ class Opened:
 
         missing = None if self.missing is None else self.missing[field.cells]
         counts = self.counts.rows(field.cells)
-        return (
-            FieldCounts(field, counts, None)
-            if missing is None
-            else FieldCounts(field, _without(counts, missing), ~missing)
-        )
+        return FieldCounts(field, counts if missing is None else _without(counts, missing), missing)
 
 
 @dataclass(frozen=True)
@@ -908,7 +904,8 @@ class SpaFormer:
                     some = np.sort(rng.choice(len(inside), min(len(inside), n_some), replace=False))
                     sequence = read(field)
                     whole = sampler.open(sequence)
-                    measured = None if sequence.measured is None else sequence.measured[inside]
+                    measured = sequence.measured
+                    measured = None if measured is None else measured[inside]
                     block = self._predict_field(
                         whole, inside, measured, some, workers, output, target_sum, genes, embed
                     )

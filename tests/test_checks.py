@@ -203,9 +203,15 @@ def test_counts_in_any_form(adata, counts, dtype, form):
         assert result.has_canonical_format
         assert (result.data != 0).all()
         np.testing.assert_array_equal(result.toarray(), counts.astype(dtype).astype(np.float32))
-        result.data[:] = -1
-        result.indices[:] = 0
+        for part in (result.data, result.indices, result.indptr):
+            with pytest.raises(ValueError, match="read-only"):
+                part[:] = 0
     assert fingerprint(data) == before
+
+
+def test_counts_as_they_should_be_are_not_copied(adata, counts):
+    data = with_x(adata, sparse.csr_matrix(counts.astype(np.float32)))
+    assert np.shares_memory(checks.read_counts(data).data, data.X.data)
 
 
 def test_counts_of_a_view(adata, counts):
@@ -802,7 +808,8 @@ def test_connectivities(adata, rng, form):
     result = checks.check_connectivities(adata, "my_graph")
     assert isinstance(result, sparse.csr_matrix)
     np.testing.assert_array_equal(result.toarray(), weights.astype(np.float32))
-    result.data[:] = 9
+    with pytest.raises(ValueError, match="read-only"):
+        result.data[:] = 9
     assert fingerprint(adata) == before
 
 

@@ -235,7 +235,7 @@ def test_no_hidden_count_reaches_the_output(name: str, masking: str) -> None:
     torch.nn.init.normal_(net.hidden_token, generator=torch.Generator().manual_seed(3))
 
     def tokens(counts: sp.csr_matrix) -> Tokens:
-        changed = replace(sequence, counts=counts)
+        changed = replace(sequence, matrix=counts, rows=None)
         pieces = [(view(changed, masking), torch.arange(sequence.fov.n_cells))]
         return collate(pieces, positional="rows", graph=True, device=torch.device("cpu")).tokens
 

@@ -8,6 +8,9 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+ENTRIES_AT_A_TIME = 2**17
+"""Counts taken at a time where each takes much more memory than in the matrix."""
+
 LEAST_BLOCKS = 30
 """Genes hidden in a FOV that are enough to decide by."""
 
@@ -36,16 +39,24 @@ def hold_out(counts: sp.csr_matrix, *, validation: float, test: float, rng: np.r
     rng
         Source of randomness.
     """
-    values = counts.data.astype(np.int64)
-    held = rng.binomial(values, validation + test)
-    scored = rng.binomial(held, test / (validation + test))
+    held = _binomial(counts.data, validation + test, rng)
+    scored = _binomial(held, test / (validation + test), rng)
 
-    def part(data: np.ndarray) -> sp.csr_matrix:
-        matrix = sp.csr_matrix((data.astype(np.float32), counts.indices, counts.indptr), shape=counts.shape, copy=True)
+    def part(data: NDArray[np.float32]) -> sp.csr_matrix:
+        matrix = sp.csr_matrix((data, counts.indices.copy(), counts.indptr.copy()), shape=counts.shape)
         matrix.eliminate_zeros()
         return matrix
 
-    return HeldOut(part(values - held), part(held - scored), part(scored))
+    return HeldOut(part(counts.data - held), part(held - scored), part(scored))
+
+
+def _binomial(n: NDArray[np.float32], p: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Draw from Binomial(n, p) elementwise (entries,), for whole numbers."""
+    drawn = np.empty(len(n), dtype=np.float32)
+    for start in range(0, len(n), ENTRIES_AT_A_TIME):
+        at = slice(start, start + ENTRIES_AT_A_TIME)
+        drawn[at] = rng.binomial(n[at].astype(np.int64), p)
+    return drawn
 
 
 def hold_out_entries(
@@ -129,9 +140,12 @@ def typical_values(
     if missing is not None:
         library = library / np.maximum(~missing @ gene_share, 1e-6)
         n_measured = (~missing).sum(axis=0)
-    entries = counts.tocoo()
-    values = np.log1p(entries.data / library[entries.row] * target_sum)
-    total = np.bincount(entries.col, weights=values, minlength=counts.shape[1])
+    total = np.zeros(counts.shape[1])
+    n_rows = max(1, ENTRIES_AT_A_TIME // counts.shape[1])
+    for start in range(0, counts.shape[0], n_rows):
+        entries = counts[start : start + n_rows].tocoo()
+        values = np.log1p(entries.data / library[start : start + n_rows][entries.row] * target_sum)
+        total += np.bincount(entries.col, weights=values, minlength=counts.shape[1])
     return np.asarray(total / np.maximum(n_measured, 1), dtype=np.float32)
 
 

@@ -162,7 +162,7 @@ def integrated_gradients(
         inside = [(t, row) for t, row in inside if sequence.fov.weight[row] > 0]
         if not inside:
             continue
-        template = sampler.whole(sequence)
+        template, measured = sampler.whole(sequence), sequence.measured
         gene_share = sampler.gene_share.to(sampler.device)
         typical = None if sampler.typical is None else sampler.typical.to(sampler.device)
         rings = [_sparse(ring, sampler.device) for ring in sequence.fov.rings]
@@ -180,7 +180,7 @@ def integrated_gradients(
                     answer = network.decoder.share(decoded) if logarithm else decoded.expression
                 for i, (t, row) in enumerate(inside):
                     asked = answer[row, targets[t].column]
-                    missing = sequence.measured is not None and not sequence.measured[row, targets[t].column]
+                    missing = measured is not None and not measured[row, targets[t].column]
                     weight = float(sequence.fov.weight[row]) * float(network_weight[int(missing)])
                     value[t, p] += weight * asked.item()
                     if not slope:

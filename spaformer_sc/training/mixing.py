@@ -90,17 +90,17 @@ class _Held:
     ) -> Iterator[T | None]:
         """Apply a function to the blocks of one FOV; None for one without held-out entries."""
         sequence, rows, cols = self.fields[number], self._rows[number], self._cols[number]
-        start = int(self._starts[number])
+        start, measured = int(self._starts[number]), sequence.measured
 
-        def of_block(at: slice, tokens: Tokens, outputs: Iterator[Output]) -> T | None:
+        def in_block(at: slice, tokens: Tokens, outputs: Iterator[Output]) -> T | None:
             first, last = np.searchsorted(rows, [at.start, at.stop])
             if first == last:
                 return None
             places = torch.from_numpy(rows[first:last] - at.start), torch.from_numpy(cols[first:last])
-            measured = None if sequence.measured is None else sequence.measured[at]
-            return function(Block(tokens, places, slice(start + first, start + last), measured), outputs)
+            of_block = None if measured is None else measured[at]
+            return function(Block(tokens, places, slice(start + first, start + last), of_block), outputs)
 
-        return in_blocks(networks, self._sampler.open(sequence), of_block, self._workers)
+        return in_blocks(networks, self._sampler.open(sequence), in_block, self._workers)
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,8 @@ class HeldEntries(_Held):
             hidden = held[sequence.fov.cells]
             own = counts[sequence.fov.cells]
             count = own.toarray()[row, col]
-            seen = hidden if sequence.measured is None else hidden | sequence.measured
+            measured = sequence.measured
+            seen = hidden if measured is None else hidden | measured
             depth = np.asarray(own.sum(axis=1)).ravel() / np.maximum(seen @ gene_share, 1e-6)
             values.append(np.log1p(count / depth[row] * target_sum))
             found.append(count)

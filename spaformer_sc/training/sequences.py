@@ -22,21 +22,36 @@ BUFFER_BYTES = 96 * 2**20
 
 @dataclass(frozen=True)
 class FieldCounts:
-    """A FOV with its counts, ready for the network.
+    """A FOV and where its counts are; they are taken when they are asked for.
 
     Attributes
     ----------
     fov
         The field of view.
-    counts
-        Counts of its cells (cells, genes), CSR float32.
-    measured
-        Which entries were measured (cells, genes), or None when all were.
+    matrix
+        Counts (cells, genes), CSR float32.
+    missing
+        Which entries of ``matrix`` were not measured (cells, genes), or None when all were.
+    rows
+        Rows of ``matrix`` that are the FOV's cells, in their order; None for all.
     """
 
     fov: FieldOfView
-    counts: sp.csr_matrix
-    measured: NDArray[np.bool_] | None = None
+    matrix: sp.csr_matrix
+    missing: NDArray[np.bool_] | None = None
+    rows: NDArray[np.int64] | None = None
+
+    @property
+    def counts(self) -> sp.csr_matrix:
+        """Counts of its cells (cells, genes), CSR float32."""
+        return self.matrix if self.rows is None else self.matrix[self.rows]
+
+    @property
+    def measured(self) -> NDArray[np.bool_] | None:
+        """Which entries were measured (cells, genes), or None when all were."""
+        if self.missing is None:
+            return None
+        return ~self.missing if self.rows is None else ~self.missing[self.rows]
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,7 @@ def sequences(
     fields: Sequence[FieldOfView], counts: sp.csr_matrix, missing: NDArray[np.bool_] | None
 ) -> list[FieldCounts]:
     """Give every FOV its rows of ``counts`` and of ``missing`` (cells, genes)."""
-    return [FieldCounts(f, counts[f.cells], None if missing is None else ~missing[f.cells]) for f in fields]
+    return [FieldCounts(field, counts, missing, field.cells) for field in fields]
 
 
 def stand_in(values: Tensor, visible: Tensor | None, typical: Tensor | None) -> Tensor:
@@ -409,8 +424,7 @@ class Sampler:
     ) -> Iterator[Batch]:
         pieces: list[tuple[View, Tensor]] = []
         for sequence, rate in zip(group, rates, strict=True):
-            measured = None if sequence.measured is None else torch.from_numpy(sequence.measured)
-            counts = SparseCounts.of(sequence.counts)
+            counts, measured = self._read(sequence)
             corrupted = corrupt(self.corruptions, counts, measured, self.gene_share, rate, generator)
             whole = View.of(sequence.fov, corrupted, self.gene_share, self.target_sum, self.typical)
             own = torch.from_numpy(np.flatnonzero(sequence.fov.own))
@@ -438,9 +452,8 @@ class Sampler:
 
     def open(self, sequence: FieldCounts) -> Whole:
         """Open one FOV with nothing hidden, for prediction."""
-        measured = None if sequence.measured is None else torch.from_numpy(sequence.measured)
-        rates = self.rates.at(1.0)
-        shown = nothing(SparseCounts.of(sequence.counts), measured, self.gene_share, rates, torch.Generator())
+        counts, measured = self._read(sequence)
+        shown = nothing(counts, measured, self.gene_share, self.rates.at(1.0), torch.Generator())
         view = View.of(sequence.fov, shown, self.gene_share, self.target_sum, self.typical)
         return Whole(view, self.positional, self.graph, self.device)
 
@@ -460,7 +473,14 @@ class Sampler:
         return chosen
 
     @staticmethod
+    def _read(sequence: FieldCounts) -> tuple[SparseCounts, Tensor | None]:
+        """Counts of a FOV, and which entries were measured."""
+        measured = sequence.measured
+        return SparseCounts.of(sequence.counts), None if measured is None else torch.from_numpy(measured)
+
+    @staticmethod
     def _cost(sequence: FieldCounts) -> int:
         """Bytes of a corrupted view: dense values, counts and target at the places of counts, masks where there are."""
-        n_cells, n_genes = sequence.counts.shape
-        return int(n_cells * n_genes) * (4 if sequence.measured is None else 11) + 12 * int(sequence.counts.nnz)
+        counts = sequence.counts
+        n_cells, n_genes = counts.shape
+        return int(n_cells * n_genes) * (4 if sequence.missing is None else 11) + 12 * int(counts.nnz)
