@@ -21,7 +21,7 @@ from ._config import FORMS, GRAPHS, OUTPUTS, Settings, Training, in_form, resolv
 from ._gather import Block, Gathered, InMemory
 from ._logging import logger
 from ._memory import give_back, state_memory
-from ._saved import read_model, write_model
+from ._saved import UNREADABLE, read_model, write_model
 from ._threads import Workers, wait_patiently
 from .training.ranks import ALONE, Ranks, join, launch, launched
 
@@ -1321,9 +1321,11 @@ class SpaFormer:
             )
             model.settings = model._chosen = Settings.from_dict(description["settings"])
             model.keys = DataKeys(**description["keys"])
-            model.target_sum = float(description["target_sum"])
-            model._model_sum = float(description["model_sum"])
-            model.fractional = bool(description["fractional"])
+            if not all(isinstance(key, str | None) for name, key in vars(model.keys).items() if name != "library_key"):
+                raise TypeError(f"its keys must be names, not {vars(model.keys)}")
+            model.target_sum = _checks.check_positive("target_sum", description["target_sum"])
+            model._model_sum = _checks.check_positive("model_sum", description["model_sum"])
+            model.fractional = _checks.check_flag("fractional", description["fractional"])
             model._fovs = tuple(str(name) for name in description.get("fovs", []))
             model._forms = [str(form) for form in description["networks"]["form"]]
             names = ("weight", "weight_where_missing")
@@ -1338,27 +1340,48 @@ class SpaFormer:
             model.graph_summary = description["graph_summary"]
             model._gene_share = weights.pop("gene_share").numpy()
             model._typical = weights.pop("typical").numpy()
-            if model._typical.shape != model._gene_share.shape:
-                raise ValueError("its genes and their typical values differ in number")
+            if not model._typical.shape == model._gene_share.shape == (len(description["var_names"]),):
+                raise ValueError("its genes, their shares and their typical values differ in number")
+            if not (model._gene_share > 0).all():
+                raise ValueError("the shares of its genes are not above 0")
             names = pd.Index([str(name) for name in description["var_names"]])
+            if not names.is_unique:
+                raise ValueError("some of its genes have the same name")
             model.gene_scores = pd.DataFrame(description["gene_scores"], index=names)
             model.gene_scores["reliability"] = pd.Categorical(
                 model.gene_scores["reliability"], categories=list(LEVELS), ordered=True
             )
             for number, form in enumerate(model._forms):
                 _checks.check_choice("form", form, FORMS)
+                _check_sizes(in_form(model.settings, form), weights)
                 network = model._new_network(number, form)
                 prefix = f"networks.{number}."
                 network.load_state_dict(
                     {k.removeprefix(prefix): weights.pop(k) for k in list(weights) if k.startswith(prefix)}
                 )
                 model._networks.append(network.to(target).eval())
-            if weights or len(names) != len(model._gene_share):
+            if weights:
                 raise ValueError("it holds weights that its description does not account for")
             model.var_names = names
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{os.fspath(path)} is damaged or not a saved model: {error}") from error
         return model
+
+
+def _check_sizes(settings: Settings, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a network of sizes that no weights of its file have, before memory is taken for it."""
+    from .positional import POSITIONAL
+
+    used = {option for name in settings.positional for option in POSITIONAL[name].options}
+    sizes = [
+        settings.dim * (settings.feedforward if settings.n_layers else 1),
+        settings.n_latent,
+        settings.n_eigenvectors if "k" in used else 0,
+        settings.n_frequencies if "n_frequencies" in used else 0,
+    ]
+    largest = max(1000, *(n for tensor in weights.values() for n in tensor.shape))
+    if max(sizes) > largest or settings.n_layers > len(weights):
+        raise ValueError("its networks are larger than its weights")
 
 
 def _trained(
