@@ -1332,8 +1332,7 @@ class SpaFormer:
             model._weights = np.array([description["networks"][name] for name in names], dtype=np.float64)
             if not model._weights.shape[1:] == (len(model._forms),) == (model.settings.n_networks,):
                 raise ValueError("its networks and what it says of them differ in number")
-            if not (model._weights >= 0).all() or (abs(model._weights.sum(axis=1) - 1) > 1e-6).any():
-                raise ValueError("the weights of its networks are no shares")
+            _check_shares("the weights of its networks", model._weights)
             model.scores, model.history = description["scores"], description["history"]
             given = description["posterior"]
             model.posterior = None if given is None else Posterior.from_dict(given)
@@ -1342,8 +1341,7 @@ class SpaFormer:
             model._typical = weights.pop("typical").numpy()
             if not model._typical.shape == model._gene_share.shape == (len(description["var_names"]),):
                 raise ValueError("its genes, their shares and their typical values differ in number")
-            if not (model._gene_share > 0).all():
-                raise ValueError("the shares of its genes are not above 0")
+            _check_shares("the shares of its genes", model._gene_share)
             names = pd.Index([str(name) for name in description["var_names"]])
             if not names.is_unique:
                 raise ValueError("some of its genes have the same name")
@@ -1359,6 +1357,9 @@ class SpaFormer:
                 network.load_state_dict(
                     {k.removeprefix(prefix): weights.pop(k) for k in list(weights) if k.startswith(prefix)}
                 )
+                for name in ("mixture", "gene_share"):
+                    if hasattr(network.decoder, name):
+                        _check_shares(f"`{name}` of its networks", getattr(network.decoder, name).numpy())
                 model._networks.append(network.to(target).eval())
             if weights:
                 raise ValueError("it holds weights that its description does not account for")
@@ -1366,6 +1367,12 @@ class SpaFormer:
         except UNREADABLE as error:
             raise ValueError(f"{os.fspath(path)} is damaged or not a saved model: {error}") from error
         return model
+
+
+def _check_shares(what: str, values: NDArray[np.floating]) -> None:
+    """Refuse values that are negative or do not sum to 1 in each row."""
+    if not (values >= 0).all() or (abs(values.sum(axis=-1) - 1) > 1e-3).any():
+        raise ValueError(f"{what} are no shares")
 
 
 def _check_sizes(settings: Settings, weights: Mapping[str, torch.Tensor]) -> None:
