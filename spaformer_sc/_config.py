@@ -188,14 +188,30 @@ class Settings:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Settings:
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of :meth:`to_dict`.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            If something lacks, is not known, or has a value that it cannot have.
+        """
         values = dict(plain)
         training: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values["training"].items()
         }
         values["training"] = Training(**training)
         values |= {name: tuple(values[name]) for name in ("positional", "masking", "forms")}
-        return cls(**values)
+        found = cls(**values)
+        check_choice("encoder", found.encoder, ENCODERS)
+        check_choice("decoder", found.decoder, DECODERS)
+        _names("positional", found.positional, POSITIONAL)
+        _names("masking", found.masking, MASKINGS)
+        check_flag("variational", found.variational)
+        check_flag("masking_is_auto", found.masking_is_auto)
+        check_integer("n_latent", found.n_latent)
+        _or_none(_whole())("max_epochs", found.training.max_epochs)
+        model, loop = vars(found), vars(found.training)
+        return with_advanced(found, {name: model[name] for name in _MODEL} | {name: loop[name] for name in _TRAINING})
 
 
 PAPER = Settings(

@@ -21,7 +21,7 @@ from ._config import FORMS, GRAPHS, OUTPUTS, Settings, Training, in_form, resolv
 from ._gather import Block, Gathered, InMemory
 from ._logging import logger
 from ._memory import give_back, state_memory
-from ._saved import read_model, write_model
+from ._saved import UNREADABLE, read_model, write_model
 from ._threads import Workers, wait_patiently
 from .training.ranks import ALONE, Ranks, join, launch, launched
 
@@ -1318,44 +1318,74 @@ class SpaFormer:
             )
             model.settings = model._chosen = Settings.from_dict(description["settings"])
             model.keys = DataKeys(**description["keys"])
-            model.target_sum = float(description["target_sum"])
-            model._model_sum = float(description["model_sum"])
-            model.fractional = bool(description["fractional"])
+            if not all(isinstance(key, str | None) for name, key in vars(model.keys).items() if name != "library_key"):
+                raise TypeError(f"its keys must be names, not {vars(model.keys)}")
+            model.target_sum = _checks.check_positive("target_sum", description["target_sum"])
+            model._model_sum = _checks.check_positive("model_sum", description["model_sum"])
+            model.fractional = _checks.check_flag("fractional", description["fractional"])
             model._fovs = tuple(str(name) for name in description.get("fovs", []))
             model._forms = [str(form) for form in description["networks"]["form"]]
             names = ("weight", "weight_where_missing")
             model._weights = np.array([description["networks"][name] for name in names], dtype=np.float64)
             if not model._weights.shape[1:] == (len(model._forms),) == (model.settings.n_networks,):
                 raise ValueError("its networks and what it says of them differ in number")
-            if not (model._weights >= 0).all() or (abs(model._weights.sum(axis=1) - 1) > 1e-6).any():
-                raise ValueError("the weights of its networks are no shares")
+            _check_shares("the weights of its networks", model._weights)
             model.scores, model.history = description["scores"], description["history"]
             given = description["posterior"]
             model.posterior = None if given is None else Posterior.from_dict(given)
             model.graph_summary = description["graph_summary"]
             model._gene_share = weights.pop("gene_share").numpy()
             model._typical = weights.pop("typical").numpy()
-            if model._typical.shape != model._gene_share.shape:
-                raise ValueError("its genes and their typical values differ in number")
+            if not model._typical.shape == model._gene_share.shape == (len(description["var_names"]),):
+                raise ValueError("its genes, their shares and their typical values differ in number")
+            _check_shares("the shares of its genes", model._gene_share)
             names = pd.Index([str(name) for name in description["var_names"]])
+            if not names.is_unique:
+                raise ValueError("some of its genes have the same name")
             model.gene_scores = pd.DataFrame(description["gene_scores"], index=names)
             model.gene_scores["reliability"] = pd.Categorical(
                 model.gene_scores["reliability"], categories=list(LEVELS), ordered=True
             )
             for number, form in enumerate(model._forms):
                 _checks.check_choice("form", form, FORMS)
+                _check_sizes(in_form(model.settings, form), weights)
                 network = model._new_network(number, form)
                 prefix = f"networks.{number}."
                 network.load_state_dict(
                     {k.removeprefix(prefix): weights.pop(k) for k in list(weights) if k.startswith(prefix)}
                 )
+                for name in ("mixture", "gene_share"):
+                    if hasattr(network.decoder, name):
+                        _check_shares(f"`{name}` of its networks", getattr(network.decoder, name).numpy())
                 model._networks.append(network.to(target).eval())
-            if weights or len(names) != len(model._gene_share):
+            if weights:
                 raise ValueError("it holds weights that its description does not account for")
             model.var_names = names
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{os.fspath(path)} is damaged or not a saved model: {error}") from error
         return model
+
+
+def _check_shares(what: str, values: NDArray[np.floating]) -> None:
+    """Refuse values that are negative or do not sum to 1 in each row."""
+    if not (values >= 0).all() or (abs(values.sum(axis=-1) - 1) > 1e-3).any():
+        raise ValueError(f"{what} are no shares")
+
+
+def _check_sizes(settings: Settings, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a network of sizes that no weights of its file have, before memory is taken for it."""
+    from .positional import POSITIONAL
+
+    used = {option for name in settings.positional for option in POSITIONAL[name].options}
+    sizes = [
+        settings.dim * (settings.feedforward if settings.n_layers else 1),
+        settings.n_latent,
+        settings.n_eigenvectors if "k" in used else 0,
+        settings.n_frequencies if "n_frequencies" in used else 0,
+    ]
+    largest = max(1000, *(n for tensor in weights.values() for n in tensor.shape))
+    if max(sizes) > largest or settings.n_layers > len(weights):
+        raise ValueError("its networks are larger than its weights")
 
 
 def _trained(

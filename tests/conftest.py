@@ -7,6 +7,7 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,14 @@ def sha256(path):
     path = Path(path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return hashlib.sha256(b"".join(str(f.relative_to(path)).encode() + f.read_bytes() for f in files)).hexdigest()
+
+
+def seal(path, description):
+    """Write the description of a saved model with the checksums that belong to it and to the weights beside it."""
+    content = {name: value for name, value in description.items() if name != "sha256"}
+    content["weights_sha256"] = hashlib.sha256((path / "weights.safetensors").read_bytes()).hexdigest()
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (path / "model.json").write_text(json.dumps({**content, "sha256": checksum}))
 
 
 @pytest.fixture(scope="session")

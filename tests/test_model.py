@@ -21,7 +21,7 @@ from spaformer_sc._config import Training
 from spaformer_sc._saved import SCHEMA
 from spaformer_sc.data._graph import spatial_graph
 from spaformer_sc.model import Start
-from tests.conftest import contents, sha256
+from tests.conftest import contents, seal, sha256
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -442,7 +442,7 @@ def test_only_a_model_is_overwritten(fitted, tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("place", ["safetensors.torch.save_file", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("place", ["safetensors.torch.save", "os.fsync", "os.replace"])
 def test_a_failing_save_leaves_the_old_model(fitted, of_two, tmp_path, monkeypatch, place, error):
     path = tmp_path / "model"
     fitted.save(path)
@@ -469,8 +469,7 @@ class _Payload:
 
 
 def _edited(path, **values):
-    description = json.loads((path / "model.json").read_text())
-    (path / "model.json").write_text(json.dumps({**description, **values}))
+    seal(path, {**json.loads((path / "model.json").read_text()), **values})
 
 
 def _truncated(name, share):
@@ -488,6 +487,15 @@ def _weights(change):
         weights = load_file(path / "weights.safetensors")
         change(weights)
         save_file(weights, path / "weights.safetensors")
+        _edited(path)
+
+    return damage
+
+
+def _other_weights(write):
+    def damage(path):
+        write(path / "weights.safetensors")
+        _edited(path)
 
     return damage
 
@@ -505,6 +513,7 @@ def _networks(**values):
     return lambda path: _edited(path, networks={**known, **values})
 
 
+KEYS = {"library_key": "fov", "spatial_key": "spatial", "connectivity_key": None, "layer": None, "missing": None}
 DAMAGE = {
     "empty description": _truncated("model.json", 0),
     "half a description": _truncated("model.json", 0.5),
@@ -528,8 +537,17 @@ DAMAGE = {
     "no weights": _truncated("weights.safetensors", 0),
     "half the weights": _truncated("weights.safetensors", 0.5),
     "nearly all weights": _truncated("weights.safetensors", 0.999),
-    "pickled weights": lambda path: (path / "weights.safetensors").write_bytes(pickle.dumps(_Payload())),
-    "torch weights": lambda path: torch.save({"gene_share": torch.ones(3)}, path / "weights.safetensors"),
+    "pickled weights": _other_weights(lambda file: file.write_bytes(pickle.dumps(_Payload()))),
+    "torch weights": _other_weights(lambda file: torch.save({"gene_share": torch.ones(3)}, file)),
+    "layers without end": _settings(n_layers=10**9),
+    "a very wide network": _settings(dim=2**30),
+    "a number of no size": _settings(n_latent=10**400),
+    "no target sum": lambda path: _edited(path, target_sum=float("nan")),
+    "names that are no texts": lambda path: _edited(path, keys={**KEYS, "layer": ["counts"]}),
+    "a gene twice": lambda path: _edited(path, var_names=["EPCAM"] * 30),
+    "weights that are not finite": _weights(lambda weights: weights["typical"].fill_(float("nan"))),
+    "double precision": _weights(lambda weights: weights.update(typical=weights["typical"].double())),
+    "shares below 0": _weights(lambda weights: weights["gene_share"].neg_()),
     "a weight too few": _weights(lambda weights: weights.popitem()),
     "a weight too many": _weights(lambda weights: weights.update(extra=torch.ones(3))),
     "no gene shares": _weights(lambda weights: weights.pop("gene_share")),

@@ -6,6 +6,8 @@ A graph is a symmetric sparse matrix of cells × cells without self-loops. It is
 from __future__ import annotations
 
 import logging
+import random
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,9 +152,12 @@ def _triangulate(points: npt.NDArray[np.float64]) -> sparse.coo_matrix | None:
 def _squidpy(function: str, points: npt.NDArray[np.float64], **arguments: Any) -> tuple[Any, Any]:
     """Call one of squidpy's graph functions on an AnnData that holds nothing but the points."""
     with _quiet():
+        state = None if "squidpy" in sys.modules else random.getstate()
         import squidpy
         from anndata import AnnData
 
+        if state is not None:
+            random.setstate(state)  # rich, which is loaded with squidpy, takes a number
         result = getattr(squidpy.gr, function)(AnnData(obsm={"spatial": points}), copy=True, **arguments)
     return result.connectivities, result.distances
 

@@ -105,7 +105,7 @@ def tile(coordinates: npt.NDArray[Any], *, tile_size: int = 4000, margin: float)
 
 def is_tiled(n_cells: Any, tile_size: int) -> Any:
     """Whether so many cells (one number or an array) are more than one tile."""
-    return n_cells > 1.5 * tile_size
+    return 2 * n_cells > 3 * tile_size
 
 
 def _find_cut(points: npt.NDArray[np.float64], tile_size: int) -> tuple[int, float, float] | None:

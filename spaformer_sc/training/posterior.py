@@ -153,14 +153,17 @@ class Posterior:
         def numbers(values: Sequence[Any], n: int) -> tuple[float, ...]:
             if len(values) != n:
                 raise ValueError(f"{n} numbers are needed, not {len(values)}")
-            return tuple(float(value) for value in values)
+            if not np.isfinite(found := tuple(float(value) for value in values)).all():
+                raise ValueError("numbers must be finite")
+            return found
 
-        level, slope = numbers(given["missing"], 2)
+        log_level, slope, log_own = numbers([given[name] for name in ("log_level", "slope", "log_own")], 3)
+        level_where_missing, slope_where_missing = numbers(given["missing"], 2)
         return cls(
-            log_level=float(given["log_level"]),
-            slope=float(given["slope"]),
-            log_own=float(given["log_own"]),
-            missing=(level, slope),
+            log_level=log_level,
+            slope=slope,
+            log_own=log_own,
+            missing=(level_where_missing, slope_where_missing),
             coverage=numbers(given["coverage"], len(LEVELS)),
             strata={str(name): numbers(values, len(LEVELS)) for name, values in given["strata"].items()},
             n_scored=int(given["n_scored"]),
