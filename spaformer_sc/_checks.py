@@ -99,7 +99,7 @@ def explains_unknown_arguments(settings: Iterable[str]) -> Callable[[Callable[P,
                 if name in advanced:
                     raise TypeError(f"`{title}` has no argument `{name}`: pass settings={{{name!r}: {value!r}}}.")
                 if name not in known:
-                    hint = _did_you_mean(name, [*known, *advanced])
+                    hint = _did_you_mean(name, known)
                     raise TypeError(f"`{title}` has no argument `{name}`.{hint} It has: {', '.join(known)}.")
             return function(*args, **kwargs)
 
@@ -392,7 +392,11 @@ def _check_is_anndata(adata: Any) -> None:
         "SpatialData": " Pass the table in it: sdata.tables['table'].",
         "MuData": " Pass one modality of it: mdata.mod['rna'].",
     }
-    hint = " Read the file first: anndata.read_h5ad(…)." if isinstance(adata, str | Path) else hints.get(kind, "")
+    hint = hints.get(kind, "")
+    if isinstance(adata, str | Path):
+        hint = " Read the file first: anndata.read_h5ad(…)."
+    elif isinstance(adata, pd.DataFrame | np.ndarray) or sparse.issparse(adata):
+        hint = " Make one: anndata.AnnData(counts, obs=cells, var=genes, obsm={'spatial': positions})."
     raise TypeError(f"`adata` must be an AnnData, not {kind}.{hint}")
 
 
@@ -576,7 +580,10 @@ def _as_csr(matrix: Any, name: str) -> sparse.csr_matrix:
             "`.filled(0)` in its place and the mask as a layer that `missing=` names."
         )
     if matrix.dtype.kind not in "buif":
-        raise TypeError(f"`{name}` must hold numbers, but its dtype is {matrix.dtype}.")
+        raise TypeError(
+            f"`{name}` must hold numbers, but its dtype is {matrix.dtype}; if they are numbers: {name} = "
+            f"{name}.astype('float32')"
+        )
     with np.errstate(over="ignore"):
         if not sparse.issparse(matrix):
             matrix = np.asarray(matrix, dtype=np.float32)
@@ -752,7 +759,7 @@ def check_layer_of_missing(adata: AnnData, missing: str | None) -> npt.NDArray[n
     if strange.size:
         raise ValueError(
             f"`missing={missing!r}` must be a layer of True (not measured) and False (measured), or 1 and 0; "
-            f"found {strange.ravel()[0]!r} among {strange.size} other values."
+            f"found {strange.ravel().tolist()[0]!r} among {strange.size} other values."
         )
     mask = np.array(layer.toarray() if sparse.issparse(layer) else layer).astype(bool)
     if mask.all():
@@ -885,8 +892,11 @@ def check_coordinates(
             )
         found = found.to_numpy(dtype=np.float64, na_value=np.nan)
     found = _in_memory(found)
-    if np.ma.isMaskedArray(found):
-        found = np.ma.filled(found.astype(np.float64), np.nan)
+    if np.ma.is_masked(found):
+        raise ValueError(
+            f"`{name}` is a masked array without the positions of some cells; leave these cells out, and store the "
+            "rest as an array without a mask."
+        )
     found = found.toarray() if sparse.issparse(found) else np.asarray(found)
     if found.ndim != 2 or found.shape[1] not in (2, 3):
         raise ValueError(
@@ -1054,7 +1064,7 @@ def _check_labels(column: str, labels: pd.Series) -> None:
     if labels.dtype.kind == "f" and _fractional(labels.to_numpy(dtype=np.float64)).any():
         raise ValueError(
             f"`library_key={column!r}`: `adata.obs[{column!r}]` holds measurements ({labels.nunique()} values of dtype "
-            f"{labels.dtype}), not labels of fields of view."
+            f"{labels.dtype}), not labels of fields of view; name the column that has them."
         )
     if not pd.api.types.is_numeric_dtype(labels):
         spelled = labels.astype(str).isin(["", "nan", "NaN", "None", "<NA>"]).sum()
@@ -1123,7 +1133,10 @@ def check_graph(graph: Any, n: int, name: str = "connectivities") -> sparse.csr_
         raise ValueError(f"`{name}` must be a matrix of cells × cells, {n} × {n}, but its shape is {graph.shape}.")
     graph = _as_csr(graph, name)
     if not np.isfinite(graph.data).all():
-        raise ValueError(f"`{name}` holds {np.sum(~np.isfinite(graph.data))} weights that are NaN or infinite.")
+        raise ValueError(
+            f"`{name}` holds {np.sum(~np.isfinite(graph.data))} weights that are NaN or infinite; a "
+            "weight is a number of at least 0."
+        )
     if (graph.data > _LARGEST_WEIGHT).any():
         raise ValueError(f"`{name}` holds weights of up to {graph.data.max():.4g}; divide them by their mean.")
     if (graph.data < 0).any():
