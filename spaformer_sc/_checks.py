@@ -6,14 +6,16 @@ The functions here run before any work is done. None changes what it is given: a
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib.util
+import inspect
 import numbers
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,9 @@ from spaformer_sc._logging import logger
 from spaformer_sc.data._counts import Counts, add_to, in_memory, sums
 from spaformer_sc.training.ranks import being_started, launched
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 #: Share of fractional values from which a matrix counts as fractional throughout.
 _FRACTIONAL_THROUGHOUT = 0.99
 #: log1p of any count in use stays below this (log1p(1e6) is 13.8, log2(1e6 + 1) is 19.9).
@@ -34,6 +39,14 @@ _LARGEST_LOG = 20.0
 _CELLS_LOOKED_AT = 2000
 #: Entries of a file that are checked at a time.
 _SCANNED = 16_000_000
+#: No cell has more transcripts of a gene than this.
+_LARGEST_COUNT = 1e9
+#: Positions beyond this, in whatever unit, are placeholders; next to one, the others would all fall in one place.
+_LARGEST_POSITION = 1e15
+#: Larger weights of a graph cannot be added up in float32.
+_LARGEST_WEIGHT = 1e30
+#: Larger target sums cannot be told from mistakes, and much larger ones overflow float32.
+_LARGEST_TARGET = 1e9
 
 
 # --- small helpers ----------------------------------------------------------------------------------------------------
@@ -66,6 +79,47 @@ def _in_memory(array: Any) -> Any:
     return np.asarray(array)
 
 
+def explains_unknown_arguments(settings: Iterable[str]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Let a function say what an argument may have meant that it does not have.
+
+    Parameters
+    ----------
+    settings
+        Names of choices that go into its argument ``settings``.
+    """
+    advanced = frozenset(settings)
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        known = [name for name in inspect.signature(function).parameters if name != "self"]
+        title = function.__qualname__.removesuffix(".__init__")
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            for name, value in kwargs.items():
+                if name in advanced:
+                    raise TypeError(f"`{title}` has no argument `{name}`: pass settings={{{name!r}: {value!r}}}.")
+                if name not in known:
+                    hint = _did_you_mean(name, known)
+                    raise TypeError(f"`{title}` has no argument `{name}`.{hint} It has: {', '.join(known)}.")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def check_name(name: str, value: Any) -> None:
+    """Check that an argument is the name of something, a string.
+
+    Raises
+    ------
+    TypeError
+        If it is anything else.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}={value!r}` must be one name, a string, not {type(value).__name__}.")
+
+
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Check that an argument is one of the allowed values.
 
@@ -74,7 +128,8 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     ValueError
         If `value` is none of `allowed`.
     """
-    if not any(value is option or (type(value) is type(option) and value == option) for option in allowed):
+    alike = (option for option in allowed if type(value) is type(option) or isinstance(value, str))
+    if not any(value is option or value == option for option in alike):
         hint = _did_you_mean(value, allowed) if isinstance(value, str) else ""
         raise ValueError(f"`{name}={value!r}` is not allowed; choose one of {_listing(map(repr, allowed), 50)}.{hint}")
 
@@ -200,6 +255,54 @@ def check_positive(name: str, value: Any, *, allow_zero: bool = False) -> float:
     return number
 
 
+def check_target_sum(value: Any) -> float:
+    """Check a library size to refer to, and return it as `float`.
+
+    Raises
+    ------
+    TypeError
+        If it is not a number.
+    ValueError
+        If it is not above zero, NaN, infinite or larger than any in use.
+    """
+    number = check_positive("target_sum", value)
+    if number > _LARGEST_TARGET:
+        raise ValueError(f"`target_sum={value!r}` must be at most {_LARGEST_TARGET:.0e}, such as 10000.")
+    return number
+
+
+def check_effort(value: Any) -> float:
+    """Check a share of the training steps of a fit, above 0 and at most 1, and return it as `float`.
+
+    Raises
+    ------
+    TypeError
+        If it is not a number.
+    ValueError
+        If it is NaN, infinite or outside the range.
+    """
+    effort = check_number("effort", value, 0.0, 1.0)
+    if effort == 0:
+        raise ValueError("`effort=0` would train nothing; use the model as it is.")
+    return effort
+
+
+def check_resume(value: Any, output_path: Any) -> bool:
+    """Check whether to go on with an unfinished run, and return it as `bool`.
+
+    Raises
+    ------
+    TypeError
+        If it is neither True nor False.
+    ValueError
+        If it is True without an `output_path`.
+    """
+    resume = check_flag("resume", value)
+    if resume and output_path is None:
+        raise ValueError("`resume=True` needs `output_path=`: what an unfinished run has done lies beside it.")
+    return resume
+
+
 def check_share(name: str, value: Any) -> float:
     """Check that an argument lies between 0 and 1, both excluded, and return it as `float`.
 
@@ -244,20 +347,27 @@ def check_adata(adata: Any) -> None:
     Raises
     ------
     TypeError
-        If it is not an AnnData; says where the AnnData of a SpatialData, a MuData or a file is found.
+        If it is not an AnnData (says where that of a SpatialData, a MuData or a file is found), or gene names are not
+        strings.
     ValueError
-        If it has no cells or no genes, or if gene names occur more than once.
+        If it has no cells or no genes, or if gene names or columns of ``obs`` or ``var`` occur more than once.
     """
-    if not isinstance(adata, AnnData):
-        kind = type(adata).__name__
-        hints = {
-            "SpatialData": " Pass the table in it: sdata.tables['table'].",
-            "MuData": " Pass one modality of it: mdata.mod['rna'].",
-        }
-        hint = " Read the file first: anndata.read_h5ad(…)." if isinstance(adata, str | Path) else hints.get(kind, "")
-        raise TypeError(f"`adata` must be an AnnData, not {kind}.{hint}")
+    _check_is_anndata(adata)
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise ValueError(f"`adata` has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed.")
+    for slot in ("obs", "var"):
+        columns = getattr(adata, slot).columns
+        if not columns.is_unique:
+            raise ValueError(
+                f"`adata.{slot}` holds columns more than once: {_listing(columns[columns.duplicated()].unique(), 5)}. "
+                f"Keep one of each: adata.{slot} = adata.{slot}.loc[:, ~adata.{slot}.columns.duplicated()]"
+            )
+    strange = [name for name in adata.var_names if not isinstance(name, str)]
+    if strange:
+        raise TypeError(
+            f"`adata.var_names` must be strings, but {len(strange)} of {adata.n_vars} are not: "
+            f"{_listing(map(repr, strange), 5)}. Make them so: adata.var_names = adata.var_names.astype(str)"
+        )
     if not adata.var_names.is_unique:
         twice = adata.var_names[adata.var_names.duplicated()].unique()
         raise ValueError(
@@ -272,6 +382,22 @@ def check_adata(adata: Any) -> None:
             len(twice),
             _listing(twice, 5),
         )
+
+
+def _check_is_anndata(adata: Any) -> None:
+    if isinstance(adata, AnnData):
+        return
+    kind = type(adata).__name__
+    hints = {
+        "SpatialData": " Pass the table in it: sdata.tables['table'].",
+        "MuData": " Pass one modality of it: mdata.mod['rna'].",
+    }
+    hint = hints.get(kind, "")
+    if isinstance(adata, str | Path):
+        hint = " Read the file first: anndata.read_h5ad(…)."
+    elif isinstance(adata, pd.DataFrame | np.ndarray) or sparse.issparse(adata):
+        hint = " Make one: anndata.AnnData(counts, obs=cells, var=genes, obsm={'spatial': positions})."
+    raise TypeError(f"`adata` must be an AnnData, not {kind}.{hint}")
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
@@ -379,12 +505,26 @@ def _matrix(adata: AnnData, layer: str | None) -> tuple[str, Any]:
         if adata.X is None:
             raise ValueError(f"`adata.X` is None. Pass `layer=`; there are: {_listing(adata.layers)}.")
         return "adata.X", adata.X
-    if layer not in adata.layers:
-        raise KeyError(
-            f"`layer={layer!r}` is not in `adata.layers`; there are: {_listing(adata.layers)}. "
-            f"Pass layer=None to use `adata.X`.{_did_you_mean(str(layer), adata.layers)}"
-        )
+    check_layer("layer", adata, layer, " Pass layer=None to use `adata.X`.")
     return f"adata.layers[{layer!r}]", adata.layers[layer]
+
+
+def check_layer(name: str, adata: AnnData, value: Any, advice: str = "") -> None:
+    """Check that an argument names a layer.
+
+    Raises
+    ------
+    KeyError
+        If there is no such layer.
+    TypeError
+        If it is not a name.
+    """
+    check_name(name, value)
+    if value not in adata.layers:
+        raise KeyError(
+            f"`{name}={value!r}` is not in `adata.layers`; there are: {_listing(adata.layers)}.{advice}"
+            f"{_did_you_mean(value, adata.layers)}"
+        )
 
 
 def _check_values(adata: AnnData, layer: str | None, counts: sparse.csr_matrix, start: int = 0) -> None:
@@ -403,6 +543,13 @@ def _check_values(adata: AnnData, layer: str | None, counts: sparse.csr_matrix, 
             f"`{name}` holds {negative.sum()} negative values (lowest {counts.data.min():.4g}, the first "
             f"{_place(adata, counts, negative, start)}): it looks scaled or centred, and raw counts are needed. "
             f"{_where_counts_are(adata, layer)}"
+        )
+    large = counts.data > _LARGEST_COUNT
+    if large.any():
+        raise ValueError(
+            f"`{name}` holds {large.sum()} values above {_LARGEST_COUNT:.0e} (largest {counts.data.max():.4g}, the "
+            f"first {_place(adata, counts, large, start)}): no cell has so many transcripts of a gene, and raw counts "
+            f"are needed. {_where_counts_are(adata, layer)}"
         )
 
 
@@ -434,7 +581,10 @@ def _as_csr(matrix: Any, name: str) -> sparse.csr_matrix:
             "`.filled(0)` in its place and the mask as a layer that `missing=` names."
         )
     if matrix.dtype.kind not in "buif":
-        raise TypeError(f"`{name}` must hold numbers, but its dtype is {matrix.dtype}.")
+        raise TypeError(
+            f"`{name}` must hold numbers, but its dtype is {matrix.dtype}; if they are numbers: {name} = "
+            f"{name}.astype('float32')"
+        )
     with np.errstate(over="ignore"):
         if not sparse.issparse(matrix):
             matrix = np.asarray(matrix, dtype=np.float32)
@@ -607,18 +757,16 @@ def check_layer_of_missing(adata: AnnData, missing: str | None) -> npt.NDArray[n
     """
     if missing is None:
         return None
-    if missing not in adata.layers:
-        raise KeyError(
-            f"`missing={missing!r}` is not in `adata.layers`; there are: {_listing(adata.layers)}."
-            f"{_did_you_mean(str(missing), adata.layers)}"
-        )
+    check_layer("missing", adata, missing)
     layer = _in_memory(adata.layers[missing])
+    if np.ma.isMaskedArray(layer):
+        raise ValueError(f"`missing={missing!r}` is a masked array; fill it: adata.layers[{missing!r}].filled(True)")
     values = layer.data if sparse.issparse(layer) else np.asarray(layer)
     strange = values[(values != 0) & (values != 1)]
     if strange.size:
         raise ValueError(
             f"`missing={missing!r}` must be a layer of True (not measured) and False (measured), or 1 and 0; "
-            f"found {strange.ravel()[0]!r} among {strange.size} other values."
+            f"found {strange.ravel().tolist()[0]!r} among {strange.size} other values."
         )
     mask = np.array(layer.toarray() if sparse.issparse(layer) else layer).astype(bool)
     if mask.all():
@@ -663,10 +811,16 @@ def check_genes(adata: AnnData, genes: Any) -> npt.NDArray[np.int64]:
     """
     if genes is None:
         return np.arange(adata.n_vars, dtype=np.int64)
+    if isinstance(genes, set | frozenset):
+        raise TypeError("`genes` is a set, which has no order; pass a list, such as sorted(genes).")
     if isinstance(genes, pd.Series) and pd.api.types.is_bool_dtype(genes) and not genes.index.equals(adata.var_names):
         raise ValueError("`genes` is a boolean Series whose index is not `adata.var_names`; take it from `adata.var`.")
-    asked = np.asarray([genes] if isinstance(genes, str) else pd.Index(genes) if hasattr(genes, "__iter__") else genes)
-    if asked.ndim != 1 or asked.dtype.kind in "uifc":
+    names = not isinstance(genes, str | bytes) and hasattr(genes, "__iter__")
+    asked = np.asarray(pd.Index(genes) if names else [genes] if isinstance(genes, str) else genes)
+    if asked.dtype == object and asked.ndim == 1 and {type(name) for name in asked} in ({bool}, {np.bool_}):
+        asked = asked.astype(bool)
+    strange = asked.dtype == object and not all(isinstance(name, str) for name in asked.ravel())
+    if asked.ndim != 1 or asked.dtype.kind in "uifcS" or strange:
         raise TypeError(
             f"`genes` must be gene names or a boolean mask over `adata.var_names`, not {type(genes).__name__} of "
             f"{asked.dtype}; names of columns are adata.var_names[columns]."
@@ -724,12 +878,14 @@ def check_coordinates(
     TypeError
         If the positions are not numbers.
     ValueError
-        If there are not two or three columns, or positions are NaN or infinite.
+        If there are not two or three columns, or positions are NaN, infinite or beyond all units in use.
     """
+    check_name("spatial_key", spatial_key)
     if spatial_key not in adata.obsm:
         raise KeyError(
             f"`spatial_key={spatial_key!r}` is not in `adata.obsm`; there are: {_listing(adata.obsm)}. "
-            "Positions of cells are needed there, as an array of cells × 2."
+            "Positions of cells are needed there, as an array of cells × 2; from columns of `adata.obs`: "
+            "adata.obsm['spatial'] = adata.obs[['x', 'y']].to_numpy()."
             f"{_did_you_mean(str(spatial_key), adata.obsm)}"
         )
     name = f"adata.obsm[{spatial_key!r}]"
@@ -737,17 +893,28 @@ def check_coordinates(
     if isinstance(found, pd.DataFrame):
         strange = [column for column in found if not pd.api.types.is_numeric_dtype(found[column])]
         if strange:
-            raise TypeError(f"`{name}` must hold numbers, but these columns do not: {_listing(strange)}.")
+            raise TypeError(
+                f"`{name}` must hold numbers, but these columns do not: {_listing(strange)}. Leave them out, or "
+                "convert them."
+            )
         found = found.to_numpy(dtype=np.float64, na_value=np.nan)
     found = _in_memory(found)
-    found = found.toarray() if sparse.issparse(found) else np.asarray(np.ma.filled(found, np.nan))
+    if np.ma.is_masked(found):
+        raise ValueError(
+            f"`{name}` is a masked array without the positions of some cells; leave these cells out, and store the "
+            "rest as an array without a mask."
+        )
+    found = found.toarray() if sparse.issparse(found) else np.asarray(found)
     if found.ndim != 2 or found.shape[1] not in (2, 3):
         raise ValueError(
             f"`{name}` must have two or three columns (x, y and perhaps z), but its shape is {found.shape}. "
             "Name the positions of the cells in `spatial_key=`."
         )
     if found.dtype.kind not in "uif":
-        raise TypeError(f"`{name}` must hold numbers, but its dtype is {found.dtype}.")
+        raise TypeError(
+            f"`{name}` must hold numbers, but its dtype is {found.dtype}; if they are numbers: {name} = "
+            f"{name}.astype(float)"
+        )
     coordinates = found.astype(np.float64)
     bad = ~np.isfinite(coordinates).all(axis=1)
     if bad.any():
@@ -755,6 +922,13 @@ def check_coordinates(
             f"`{name}` is NaN or infinite for {bad.sum()} of {adata.n_obs} cells: "
             f"{_listing((repr(cell) for cell in adata.obs_names[bad]), 5)}. Leave them out: "
             f"adata = adata[np.isfinite(adata.obsm[{spatial_key!r}]).all(axis=1)].copy()"
+        )
+    far = (np.abs(coordinates) > _LARGEST_POSITION).any(axis=1)
+    if far.any():
+        raise ValueError(
+            f"`{name}` lies beyond {_LARGEST_POSITION:.0e} for {far.sum()} of {adata.n_obs} cells: "
+            f"{_listing((repr(cell) for cell in adata.obs_names[far]), 5)}. If such numbers stand for missing "
+            "positions, leave these cells out; otherwise give positions in another unit."
         )
     _report_cells_in_one_place(name, coordinates, np.zeros(adata.n_obs, np.int64) if codes is None else codes)
     return coordinates
@@ -767,6 +941,37 @@ def _report_cells_in_one_place(name: str, coordinates: npt.NDArray[np.float64], 
     if flat:
         what = "all cells are" if len(extent) == 1 else f"in {flat} of {len(extent)} fields of view all cells are"
         logger.warning("`%s`: %s in one and the same place, so their neighbours mean nothing.", name, what)
+
+
+def check_representation(adata: AnnData, use_rep: Any) -> npt.NDArray[np.float32]:
+    """Read a representation of the cells.
+
+    Returns
+    -------
+    float32 array, cells × dimensions
+
+    Raises
+    ------
+    KeyError
+        If there is no such entry of `adata.obsm`.
+    TypeError
+        If it is not named by a string, or does not hold numbers.
+    ValueError
+        If values are NaN or infinite.
+    """
+    check_name("use_rep", use_rep)
+    if use_rep not in adata.obsm:
+        raise KeyError(
+            f"`use_rep={use_rep!r}` is not in `adata.obsm`; there are: {_listing(adata.obsm)}."
+            f"{_did_you_mean(use_rep, adata.obsm)}"
+        )
+    found = _in_memory(adata.obsm[use_rep])
+    found = found.toarray() if sparse.issparse(found) else np.asarray(found)
+    if found.dtype.kind not in "buif":
+        raise TypeError(f"`use_rep={use_rep!r}` must hold numbers, but its dtype is {found.dtype}.")
+    if not np.isfinite(found).all():
+        raise ValueError(f"`use_rep={use_rep!r}` holds {np.sum(~np.isfinite(found))} values that are NaN or infinite.")
+    return np.asarray(found, dtype=np.float32)
 
 
 def _stack_level() -> int:
@@ -866,7 +1071,7 @@ def _check_labels(column: str, labels: pd.Series) -> None:
     if labels.dtype.kind == "f" and _fractional(labels.to_numpy(dtype=np.float64)).any():
         raise ValueError(
             f"`library_key={column!r}`: `adata.obs[{column!r}]` holds measurements ({labels.nunique()} values of dtype "
-            f"{labels.dtype}), not labels of fields of view."
+            f"{labels.dtype}), not labels of fields of view; name the column that has them."
         )
     if not pd.api.types.is_numeric_dtype(labels):
         spelled = labels.astype(str).isin(["", "nan", "NaN", "None", "<NA>"]).sum()
@@ -901,6 +1106,7 @@ def check_connectivities(adata: AnnData, connectivity_key: str) -> sparse.csr_ma
     ValueError
         If it holds distances or is no graph (see `check_graph`).
     """
+    check_name("connectivity_key", connectivity_key)
     if connectivity_key not in adata.obsp:
         raise KeyError(
             f"`connectivity_key={connectivity_key!r}` is not in `adata.obsp`; there are: {_listing(adata.obsp)}."
@@ -934,7 +1140,12 @@ def check_graph(graph: Any, n: int, name: str = "connectivities") -> sparse.csr_
         raise ValueError(f"`{name}` must be a matrix of cells × cells, {n} × {n}, but its shape is {graph.shape}.")
     graph = _as_csr(graph, name)
     if not np.isfinite(graph.data).all():
-        raise ValueError(f"`{name}` holds {np.sum(~np.isfinite(graph.data))} weights that are NaN or infinite.")
+        raise ValueError(
+            f"`{name}` holds {np.sum(~np.isfinite(graph.data))} weights that are NaN or infinite; a "
+            "weight is a number of at least 0."
+        )
+    if (graph.data > _LARGEST_WEIGHT).any():
+        raise ValueError(f"`{name}` holds weights of up to {graph.data.max():.4g}; divide them by their mean.")
     if (graph.data < 0).any():
         raise ValueError(f"`{name}` holds {np.sum(graph.data < 0)} negative weights; a weight is at least 0.")
     if graph.nnz == 0:
@@ -974,39 +1185,63 @@ def check_key_added(
     """
     if not isinstance(key_added, str):
         raise TypeError(f"`key_added={key_added!r}` must be a string, not {type(key_added).__name__}.")
-    if not key_added.strip() or key_added in (".", "..") or "/" in key_added or key_added.startswith("__"):
+    if not key_added.strip() or key_added in (".", "..") or {"/", "\0"} & set(key_added) or key_added.startswith("__"):
         raise ValueError(
             f"`key_added={key_added!r}` cannot be written to h5ad and zarr files: a name is not empty, is not '.' or "
-            "'..', has no '/' and does not start with '__'."
+            "'..', has no '/' (nor a null character) and does not start with '__'."
         )
     if mark is None:
         return
-    record = adata.uns.get(key_added)
-    params = record.get("params") if isinstance(record, Mapping) else None
-    if isinstance(params, Mapping) and mark in params:
-        return
+    again = mark in _params(adata, key_added)
     taken = [
         f"adata.{attribute}[{key!r}]"
         for attribute, key in [*slots, ("uns", key_added)]
-        if key in getattr(adata, attribute)
+        if key in getattr(adata, attribute) and not (again and (key == key_added or mark not in _params(adata, key)))
     ]
     if taken:
         raise ValueError(
-            f"`key_added={key_added!r}` would overwrite {_listing(taken)}, which this function did not write. "
-            "Choose another name, or delete it first."
+            f"`key_added={key_added!r}` would overwrite {_listing(taken)}, which this function did not write under "
+            "this name. Choose another name, or delete it first."
         )
 
 
-def check_result(adata: AnnData, key: str) -> dict[str, Any]:
+def _params(adata: AnnData, key: str) -> Mapping[str, Any]:
+    """Parameters that are recorded under a name; none where there is no such record."""
+    record = adata.uns.get(key)
+    params = record.get("params") if isinstance(record, Mapping) else None
+    return params if isinstance(params, Mapping) else {}
+
+
+def check_result(adata: AnnData, key: str, slots: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
     """Return what ``tl.impute`` recorded in ``adata.uns[key]``.
+
+    Parameters
+    ----------
+    adata
+        The data.
+    key
+        Name of the result.
+    slots
+        What else is needed of it, as pairs of attribute and key.
 
     Raises
     ------
     KeyError
-        If there is nothing of this name.
+        If there is no result of this name, or a slot is gone.
+    TypeError
+        If `adata` is not an AnnData, or `key` is not a name.
     """
-    if key not in adata.uns:
-        raise KeyError(f"`key_added={key!r}`: there is no such result in adata.uns; run `sf.tl.impute` first.")
+    _check_is_anndata(adata)
+    check_name("key_added", key)
+    if "spaformer_sc" not in _params(adata, key):
+        results = [name for name in adata.uns if "spaformer_sc" in _params(adata, name)]
+        raise KeyError(
+            f"`key_added={key!r}`: there is no such result in adata.uns (there are: {_listing(results)}); "
+            "run `sf.tl.impute` first."
+        )
+    gone = [f"adata.{attribute}[{name!r}]" for attribute, name in slots if name not in getattr(adata, attribute)]
+    if gone:
+        raise KeyError(f"`key_added={key!r}`: {_listing(gone)} of this result is gone; run `sf.tl.impute` again.")
     return dict(adata.uns[key])
 
 
@@ -1061,8 +1296,8 @@ def counts_of_result(adata: AnnData, params: Mapping[str, Any]) -> sparse.csr_ma
     """
     layer = params["layer"]
     name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
-    if layer is not None and layer not in adata.layers:
-        raise KeyError(f"{name}, which the result was made from, is gone.")
+    if adata.X is None if layer is None else layer not in adata.layers:
+        raise KeyError(f"{name}, which the result was made from, is gone; put the counts back.")
     counts = _as_csr(_in_memory(adata.X if layer is None else adata.layers[layer]), name)
     library = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
     same = bool(params["fractional"]) or is_whole(counts)

@@ -371,6 +371,8 @@ def with_advanced(settings: Settings, given: Mapping[str, Any] | None) -> Settin
 def _names(argument: str, value: str | Sequence[str] | None, allowed: Sequence[str]) -> tuple[str, ...]:
     if value is None:
         return ()
+    if not isinstance(value, Sequence):
+        raise TypeError(f"`{argument}={value!r}` must be a name, a list of names or None; names: {', '.join(allowed)}.")
     names = (value,) if isinstance(value, str) else tuple(value)
     for name in names:
         check_choice(argument, name, allowed)
@@ -396,6 +398,8 @@ def resolve(
 
     Raises
     ------
+    TypeError
+        For what is neither a name nor a list of names.
     ValueError
         For a name that is not among the choices, where the message lists them, or for choices that do not go together.
     """

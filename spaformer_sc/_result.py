@@ -71,24 +71,24 @@ class Entries:
 
     def __init__(self, adata: AnnData, genes: Any, key_added: str) -> None:
         keys = Keys(key_added)
-        record = _checks.check_result(adata, keys.uns)
+        record = _checks.check_result(adata, keys.uns, [("layers", keys.layer), ("obs", keys.obs("depth"))])
         params = record["params"]
+        self._output, self.target_sum = str(params["output"]), float(params["target_sum"])
+        back = [keys.var(name) for name in ("dispersion", "dispersion_missing") if self._output == "lognorm"]
+        _checks.check_result(adata, keys.uns, [("var", name) for name in back])
         self.posterior = Posterior.from_dict(_checks.check_posterior(key_added, record))
         imputed = genes_of(params)
         if genes is None:
             genes = [name for name in adata.var_names if imputed is None or name in set(imputed)]
-        names = [genes] if isinstance(genes, str) else list(genes)
-        columns = _checks.check_genes(adata, names)
-        _checks.check_imputed(names, imputed)
+        columns = _checks.check_genes(adata, genes)
+        _checks.check_imputed(adata.var_names[columns], imputed)
         self._counts = _checks.counts_of_result(adata, params)[:, columns].tocsr()
         self._values, self._columns = adata.layers[keys.layer], columns
         missing = _checks.check_layer_of_missing(adata, params["missing"])
         self._missing = None if missing is None else missing[:, columns]
         self._dispersion = None
-        self._output, self.target_sum = str(params["output"]), float(params["target_sum"])
-        if self._output == "lognorm":
-            parts = [adata.var[keys.var(name)].to_numpy()[columns] for name in ("dispersion", "dispersion_missing")]
-            self._dispersion = np.stack(parts, axis=1)
+        if back:
+            self._dispersion = np.stack([adata.var[name].to_numpy()[columns] for name in back], axis=1)
         self._depth = adata.obs[keys.obs("depth")].to_numpy(dtype=np.float64)
         self.genes = [str(name) for name in adata.var_names[columns]]
         self.shape = adata.n_obs, len(columns)

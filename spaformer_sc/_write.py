@@ -130,11 +130,17 @@ def check_path(name: str, path: str | os.PathLike[str]) -> Path:
 
     Raises
     ------
+    TypeError
+        If it is no path.
     ValueError
-        If the ending is neither.
+        If the ending is neither, or something else is in the way.
     FileNotFoundError, PermissionError
         If the folder does not exist or cannot be written to.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"`{name}={path!r}` must be a path, not {type(path).__name__}.")
+    if "\0" in os.fspath(path):
+        raise ValueError(f"`{name}={os.fspath(path)!r}` holds a null character, which no path has.")
     target = Path(path)
     if target.suffix not in SUFFIXES:
         raise ValueError(f"`{name}={os.fspath(path)!r}` must end in .h5ad or .zarr.")

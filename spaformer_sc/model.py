@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from . import __version__, _checks
-from ._config import FORMS, GRAPHS, OUTPUTS, Settings, Training, in_form, resolve, with_missing
+from ._config import ADVANCED, FORMS, GRAPHS, OUTPUTS, Settings, Training, in_form, resolve, with_missing
 from ._gather import Block, Gathered, InMemory
 from ._logging import logger
 from ._memory import give_back, state_memory
@@ -205,6 +205,7 @@ class SpaFormer:
     >>> model.save("lung_model")
     """
 
+    @_checks.explains_unknown_arguments(ADVANCED)
     def __init__(
         self,
         *,
@@ -236,7 +237,7 @@ class SpaFormer:
         if graph == "radius" and radius is None:
             raise ValueError("`graph='radius'` needs `radius=`, in the unit of the coordinates.")
         if graph != "radius" and radius is not None:
-            raise ValueError(f"`radius={radius}` is used with `graph='radius'` only, not with `graph={graph!r}`.")
+            raise ValueError(f"`radius={radius!r}` is used with `graph='radius'` only, not with `graph={graph!r}`.")
         self.graph = graph
         self.radius = None if radius is None else _checks.check_positive("radius", radius)
         self.n_neighbors = _checks.check_integer("n_neighbors", n_neighbors)
@@ -362,9 +363,7 @@ class SpaFormer:
             If the model is not fitted, or has a dispersion for each of its fields of view, or genes of the fit are
             missing from ``adata``; and as for :meth:`fit`.
         """
-        effort = _checks.check_number("effort", effort, 0.0, 1.0)
-        if effort == 0:
-            raise ValueError("`effort=0` would train nothing; use the model as it is.")
+        effort = _checks.check_effort(effort)
         if self.settings.dispersion == "gene_fov":
             raise ValueError(
                 "a model with settings={'dispersion': 'gene_fov'} belongs to its fields of view and cannot be tuned to "
@@ -833,7 +832,7 @@ class SpaFormer:
         if output is not None:
             _checks.check_choice("output", output, OUTPUTS)
         if target_sum is not None:
-            target_sum = _checks.check_positive("target_sum", target_sum)
+            target_sum = _checks.check_target_sum(target_sum)
         _checks.check_adata(adata)
         asked = np.arange(adata.n_vars) if genes is None else _checks.check_genes(adata, genes)
         opened, columns = self._open_like_the_fit(adata, keys)
@@ -999,13 +998,17 @@ class SpaFormer:
         missing: str | None,
     ) -> DataKeys:
         given = {
-            "library_key": library_key if library_key == AS_FITTED else _as_key(library_key),
+            "library_key": _as_key(library_key),
             "spatial_key": spatial_key,
             "connectivity_key": connectivity_key,
             "layer": layer,
             "missing": missing,
         }
-        return DataKeys(**{k: getattr(self.keys, k) if v == AS_FITTED else v for k, v in given.items()})  # type: ignore[arg-type]
+        found = {
+            name: getattr(self.keys, name) if isinstance(value, str) and value == AS_FITTED else value
+            for name, value in given.items()
+        }
+        return DataKeys(**found)  # type: ignore[arg-type]
 
     def _integer_counts(self, counts: sp.csr_matrix) -> sp.csr_matrix:
         if _checks.is_whole(counts):
@@ -1116,7 +1119,10 @@ class SpaFormer:
         if missing is not None:
             counts = _without(counts, missing)
             if counts.nnz == 0:
-                raise ValueError("`missing` marks every entry that has counts; nothing is left to fit.")
+                raise ValueError(
+                    "`missing` marks every entry that has counts, so that nothing is left to fit; is it the wrong way "
+                    "round? It is True where a gene was not measured."
+                )
         images = layout.codes if cells is None else np.unique(layout.codes[cells], return_inverse=True)[1]
         return Loaded(counts, fields, missing, images, summary, cells)
 
@@ -1411,6 +1417,8 @@ def resolve_device(device: str) -> torch.device:
 
     Raises
     ------
+    TypeError
+        If it is not a name.
     ValueError
         If the name is unknown or the device is not there.
     """
@@ -1419,11 +1427,14 @@ def resolve_device(device: str) -> torch.device:
 
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"`device={device!r}` must be a string, such as 'auto', 'cpu' or 'cuda:1'.")
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"`device={device!r}` cannot be used here ({error}); 'auto' and 'cpu' always can.") from error
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"`device={device!r}` cannot be used here ({reason}); 'auto' and 'cpu' always can.") from error
     return found
 
 

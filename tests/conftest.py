@@ -8,6 +8,7 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS
 
 import hashlib
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,67 @@ DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 def contents(adata):
     """Everything that an AnnData holds, by place: bytes, types and order, flat, for a comparison that names places."""
-    found = {"X": described(adata.X), "obs_names": list(adata.obs_names), "var_names": list(adata.var_names)}
+    found = {"X": described(adata.X)}
     for slot in ("obs", "var"):
         frame = getattr(adata, slot)
-        found.update({f"{slot}/{column}": described(frame[column]) for column in frame})
+        found[f"{slot}_names"] = (list(frame.index), frame.index.name, str(frame.index.dtype))
+        found.update({f"{slot}/{name}": described(column) for name, column in frame.items()})
     for slot in ("layers", "obsm", "varm", "obsp", "varp", "uns"):
         found.update({f"{slot}/{key}": described(value) for key, value in getattr(adata, slot).items()})
     if adata.raw is not None:
         found["raw"] = (described(adata.raw.X), described(adata.raw.var), list(adata.raw.var_names))
+        found["raw.varm"] = {key: described(value) for key, value in adata.raw.varm.items()}
     return found
+
+
+def arrays_of(adata):
+    """The arrays of an AnnData in memory that is no view, by place: the objects themselves."""
+    if adata.is_view or adata.isbacked:
+        return {}
+    found = {"X": adata.X}
+    for slot in ("layers", "obsm", "varm", "obsp", "varp", "uns"):
+        found.update({f"{slot}/{key}": value for key, value in getattr(adata, slot).items()})
+    return found
+
+
+def _layout(array):
+    """Where the bytes of an array lie, in which order, and whether they may be written to."""
+    parts = [array.data, array.indices, array.indptr] if sparse.issparse(array) else [array]
+    parts = [part for part in parts if isinstance(part, np.ndarray)]
+    return [(part.__array_interface__["data"], part.strides, part.flags.writeable) for part in parts]
+
+
+@contextmanager
+def untouched(adata):
+    """Check that an AnnData comes out as it went in: all it holds, in the same order and in the same arrays."""
+
+    def looks():
+        slots = ("obs", "var", "layers", "obsm", "varm", "obsp", "varp", "uns")
+        order = [list(getattr(adata, slot)) for slot in slots]
+        kind = adata.is_view, adata.isbacked, adata.filename, adata.isbacked and adata.file.is_open
+        return contents(adata), order, kind, {place: _layout(array) for place, array in arrays_of(adata).items()}
+
+    before, arrays = looks(), arrays_of(adata)
+    yield
+    assert looks() == before
+    assert all(array is arrays[place] for place, array in arrays_of(adata).items())
+
+
+def furnish(adata):
+    """Put something into every slot of an AnnData, so that a change of any shows."""
+    rng = np.random.default_rng(0)
+    adata.raw = adata.copy()
+    adata.raw.varm["loadings"] = rng.random((adata.n_vars, 2))
+    adata.obs["text"] = np.where(np.arange(adata.n_obs) % 2, "a", "b").astype(object)
+    adata.var["note"] = "as it is"
+    adata.layers["other"] = rng.random(adata.shape)
+    adata.obsm["frame"] = pd.DataFrame({"area": rng.random(adata.n_obs)}, index=adata.obs_names)
+    adata.varm["loadings"] = rng.random((adata.n_vars, 2))
+    adata.obsp["spatial_connectivities"] = sparse.random(adata.n_obs, adata.n_obs, 0.05, "csr", rng=rng)
+    adata.varp["correlation"] = rng.random((adata.n_vars, adata.n_vars))
+    adata.uns["spatial"] = {"slide": {"scalefactors": {"spot": 1.0}, "images": [1, 2]}}
+    adata.uns["fov_colors"] = ["#ff0000", "#00ff00", "#0000ff"]
+    return adata
 
 
 def described(value):
@@ -39,10 +92,12 @@ def described(value):
         parts = [described(getattr(value, part)) for part in ("data", "indices", "indptr")]
         return (type(value).__name__, value.shape, parts)
     if isinstance(value, pd.DataFrame):
-        return ("frame", list(value.index), {column: described(value[column]) for column in value})
+        return ("frame", list(value.index), [(name, described(column)) for name, column in value.items()])
     if isinstance(value, pd.Series):
         kind = repr(value.dtype) if isinstance(value.dtype, pd.CategoricalDtype) else str(value.dtype)
         return ("series", kind, described(value.to_numpy()))
+    if np.ma.isMaskedArray(value):
+        return ("masked", described(value.data), described(np.ma.getmaskarray(value)))
     if isinstance(value, np.ndarray):
         held = repr(value.tolist()).encode() if value.dtype == object else np.ascontiguousarray(value).tobytes()
         return (str(value.dtype), value.shape, hashlib.sha256(held).hexdigest())

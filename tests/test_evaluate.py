@@ -108,7 +108,7 @@ def test_genes_with_nan_are_left_out(halves) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"held_out": "nothing"}, KeyError, "`layer='nothing'` is not in"),
+        ({"held_out": "nothing"}, KeyError, "`held_out='nothing'` is not in"),
         ({"prediction": "truth"}, ValueError, "pass `scale=`"),
         ({"prediction": "truth", "scale": "log"}, ValueError, "`scale='log'` is not allowed"),
         ({"prediction": "nothing", "scale": "rate"}, KeyError, "`prediction='nothing'` is not in"),

@@ -18,7 +18,7 @@ from scipy import stats
 import spaformer_sc as sf
 from spaformer_sc._config import DECODERS, ENCODERS, MASKINGS, POSITIONAL
 from spaformer_sc.metrics import gene_pearson
-from tests.conftest import contents, plain, sha256
+from tests.conftest import contents, furnish, plain, sha256
 
 QUICK = {"library_key": "fov", "quality": "fast", "max_epochs": 1, "progress": False}
 SCORES = sf.tl._impute.SCORES
@@ -51,21 +51,6 @@ def impute(adata, **arguments):
 
 def dense(matrix):
     return matrix.toarray() if sp.issparse(matrix) else np.asarray(matrix)
-
-
-def furnish(adata):
-    """Put something into every slot of an AnnData, so that a change of any shows."""
-    rng = np.random.default_rng(0)
-    adata.raw = adata.copy()
-    adata.obs["text"] = np.where(np.arange(adata.n_obs) % 2, "a", "b").astype(object)
-    adata.var["note"] = "as it is"
-    adata.layers["other"] = rng.random(adata.shape)
-    adata.obsm["frame"] = pd.DataFrame({"area": rng.random(adata.n_obs)}, index=adata.obs_names)
-    adata.varm["loadings"] = rng.random((adata.n_vars, 2))
-    adata.obsp["spatial_connectivities"] = sp.random(adata.n_obs, adata.n_obs, 0.05, "csr", rng=rng)
-    adata.varp["correlation"] = rng.random((adata.n_vars, adata.n_vars))
-    adata.uns["spatial"] = {"slide": {"scalefactors": {"spot": 1.0}, "images": [1, 2]}}
-    return adata
 
 
 def layer_of_missing(adata, cells, genes):

@@ -79,9 +79,12 @@ def imputed(
         import squidpy as sq
 
     keys = Keys(key_added)
-    params = _checks.check_result(adata, keys.uns)["params"]
-    names = [genes] if isinstance(genes, str) else list(genes)
-    columns = _checks.check_genes(adata, names)
+    needed = [("layers", keys.layer), ("obs", keys.obs("depth")), ("var", keys.var("reliability"))]
+    params = _checks.check_result(adata, keys.uns, needed)["params"]
+    if size is not None:
+        size = _checks.check_positive("size", size)
+    columns = _checks.check_genes(adata, genes)
+    names = list(adata.var_names[columns])
     _checks.check_imputed(names, genes_of(params))
     cells = _cells_of(adata, params, fov)
     counts = _checks.counts_of_result(adata, params)
@@ -151,11 +154,9 @@ def reliability(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
     import matplotlib.pyplot as plt
 
     keys = Keys(key_added)
-    _checks.check_result(adata, keys.uns)
-    held, value, gain, error, verdict = (
-        adata.var[keys.var(name)]
-        for name in ("held_out", "true_correlation", "gain_over_baseline", "gain_over_baseline_se", "reliability")
-    )
+    shown = ("held_out", "true_correlation", "gain_over_baseline", "gain_over_baseline_se", "reliability")
+    _checks.check_result(adata, keys.uns, [("var", keys.var(name)) for name in shown])
+    held, value, gain, error, verdict = (adata.var[keys.var(name)] for name in shown)
     ax = plt.subplots(figsize=(6, 4), layout="constrained")[1] if ax is None else ax
     for name, colour in COLOURS.items():
         of = (verdict == name) & value.notna() & (error > 0)

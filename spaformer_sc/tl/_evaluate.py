@@ -106,6 +106,8 @@ def evaluate(
     from spaformer_sc.training.scoring import held_out_scores
 
     _checks.check_adata(adata)
+    _checks.check_layer("held_out", adata, held_out)
+    _checks.check_layer("prediction", adata, prediction)
     keys = Keys(Keys(prediction).evaluated if key_added is None else key_added)
     slots = [("var", keys.var(score)) for score in OF_GENES] + [("obs", keys.obs(score)) for score in OF_CELLS]
     _checks.check_key_added(adata, keys.key_added, slots=slots, mark="evaluated")
@@ -121,16 +123,21 @@ def evaluate(
     elif scale is None:
         raise ValueError(f"`prediction={prediction!r}` is no result of `sf.tl.impute`; pass `scale=`.")
     _checks.check_choice("scale", scale, OUTPUTS)
-    if prediction not in adata.layers:
-        raise KeyError(f"`prediction={prediction!r}` is not in `adata.layers`.")
+    if held_out in (layer, prediction):
+        raise ValueError(
+            f"`held_out={held_out!r}` is also what the prediction was made from, or the prediction; give counts that "
+            "it has not seen."
+        )
     values = adata.layers[prediction]
-    values = np.asarray(values.toarray() if sp.issparse(values) else values, dtype=np.float32)
+    values = values.toarray() if sp.issparse(values) else np.asarray(values)
+    if values.dtype.kind not in "buif":
+        raise TypeError(f"`prediction={prediction!r}` must hold numbers, but its dtype is {values.dtype}.")
+    values = values.astype(np.float32)
     genes = np.flatnonzero(np.isfinite(values).all(axis=0))
     if not len(genes):
         raise ValueError(f"`prediction={prediction!r}` holds NaN or infinite values in every gene.")
     hidden = _checks.check_layer_of_missing(adata, missing)
-    if use_rep is not None and use_rep not in adata.obsm:
-        raise KeyError(f"`use_rep={use_rep!r}` is not in `adata.obsm`.")
+    representation = None if use_rep is None else _checks.check_representation(adata, use_rep)
     seed = _checks.check_integer("random_state", random_state, minimum=0)
     rng = np.random.default_rng(seed)
     train, held = (_whole(_checks.read_counts(adata, name), rng)[:, genes] for name in (layer, held_out))
@@ -146,8 +153,8 @@ def evaluate(
     per_gene = per_gene[list(OF_GENES)].reindex(adata.var_names)
     per_gene["held_out"] = per_gene["held_out"].fillna(0).astype(np.int64)
     cells = pd.DataFrame(index=adata.obs_names)
-    if use_rep is not None:
-        alike, _ = groups_alike(np.asarray(adata.obsm[use_rep], dtype=np.float32), seed)
+    if representation is not None:
+        alike, _ = groups_alike(representation, seed)
         scored = scores_of_groups(gains, np.asarray(held.sum(axis=1), dtype=np.float64).ravel(), alike)
         cells = scored.iloc[alike][list(OF_CELLS)]
     said: dict[str, Any] = {

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from spaformer_sc import __version__, _checks
-from spaformer_sc._config import OUTPUTS, ZEROS
+from spaformer_sc._config import ADVANCED, OUTPUTS, ZEROS
 from spaformer_sc._gather import InMemory, OnDisk
 from spaformer_sc._keys import Keys
 from spaformer_sc._logging import logger
@@ -49,6 +49,7 @@ LEAST_DETECTION = 0.05
 """Probability that an observed zero would be a count in a second measurement, below which ``zeros="keep"`` keeps it."""
 
 
+@_checks.explains_unknown_arguments(ADVANCED)
 def impute(
     adata: AnnData,
     *,
@@ -262,8 +263,7 @@ def impute(
     _checks.check_choice("zeros", zeros, ZEROS)
     _checks.check_flag("sd", sd)
     _checks.check_flag("copy", copy)
-    if _checks.check_flag("resume", resume) and output_path is None:
-        raise ValueError("`resume=True` needs `output_path=`: what an unfinished run has done lies beside it.")
+    _checks.check_resume(resume, output_path)
     if adata.isbacked and adata.is_view and not copy:
         raise ValueError(
             "`adata` is a view of a file, which cannot be written to: pass copy=True, or adata.to_memory()."
@@ -281,7 +281,7 @@ def impute(
     ]
     _checks.check_key_added(adata, key_added, slots=slots, mark="spaformer_sc")
     if target_sum is not None:
-        target_sum = _checks.check_positive("target_sum", target_sum)
+        target_sum = _checks.check_target_sum(target_sum)
     columns = None if genes is None else _checks.check_genes(adata, genes)
     if output_path is not None:
         check_path("output_path", output_path)
