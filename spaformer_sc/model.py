@@ -614,11 +614,11 @@ class SpaFormer:
         from .training.mixing import mix_in_own_counts
         from .training.progress import ProgressBar
         from .training.start import start_from_components, token_components
-        from .training.trainer import shortened
+        from .training.trainer import Diverged, shortened
 
         s = self.settings
-        n_networks = s.n_networks
-        candidates = s.forms[:n_networks] if start is None else tuple(self._forms)
+        candidates = s.forms[: s.n_networks] if start is None else tuple(self._forms)
+        n_networks = s.n_networks if start is None else len(candidates)
         mixing = s.mixing and held.enough
         if entries is not None and not entries.enough:
             entries = None
@@ -628,11 +628,12 @@ class SpaFormer:
         histories: list[History] = []
         parts: list[NDArray[np.float64]] = []
         predicted: list[NDArray[np.float64]] = []
+        diverged: list[Diverged] = []
         self._networks, self._forms = [], []
 
-        def train_further(forms: Sequence[str], trainings: Sequence[Training]) -> None:
+        def train_further(first: int, forms: Sequence[str], trainings: Sequence[Training]) -> None:
             tasks = []
-            for number, (form, training) in enumerate(zip(forms, trainings, strict=True), start=len(self._networks)):
+            for number, (form, training) in enumerate(zip(forms, trainings, strict=True), start=first):
                 network = self._new_network(number, form).to(device)
                 if start is not None:
                     training = start.training(training)
@@ -642,21 +643,31 @@ class SpaFormer:
                 seed = derived_seed(self.random_state, f"training {number}")
                 tasks.append(Task(number, network, training, seed, tuned=start is not None))
             bar = ProgressBar("training", self.progress and ranks.first, tasks[0].number, n_networks)
-            for trained, history in train_abreast(tasks, data, sampler, validate, workers, bar, checkpoint, ranks):
+            results = train_abreast(tasks, data, sampler, validate, workers, bar, checkpoint, ranks)
+            for form, result in zip(forms, results, strict=True):
+                if isinstance(result, Diverged):
+                    diverged.append(result)
+                    continue
+                trained, history = result
                 if mixing:
                     parts.append(mix_in_own_counts(trained, held))
                 if s.mixing and entries is not None:
                     predicted.append(entries.predicted(trained))
                 self._networks.append(trained)
+                self._forms.append(form)
                 histories.append(history)
-            self._forms += forms
 
-        train_further(candidates, [in_form(s, form).training for form in candidates])
+        train_further(0, candidates, [in_form(s, form).training for form in candidates])
+        if not self._networks:
+            raise diverged[0]
         if n_more := n_networks - len(candidates):
             best = int(np.argmax([history.best_score for history in histories]))
-            form = candidates[best]
-            train_further([form] * n_more, [shortened(in_form(s, form).training, histories[best])] * n_more)
-        measured = mixture_weights(np.stack(parts), held.counts) if mixing else np.full(n_networks, 1 / n_networks)
+            form, training = self._forms[best], shortened(in_form(s, self._forms[best]).training, histories[best])
+            train_further(len(candidates), [form] * n_more, [training] * n_more)
+        if diverged:
+            logger.warning("%d of %d networks are left out: %s", len(diverged), n_networks, diverged[0])
+        n_kept = len(self._networks)
+        measured = mixture_weights(np.stack(parts), held.counts) if mixing else np.full(n_kept, 1 / n_kept)
         self._weights = np.stack([measured, measured])
         if s.mixing and entries is not None:
             self._weights[1] = entries.weights(np.stack(predicted))
@@ -1328,7 +1339,8 @@ class SpaFormer:
             model._forms = [str(form) for form in description["networks"]["form"]]
             names = ("weight", "weight_where_missing")
             model._weights = np.array([description["networks"][name] for name in names], dtype=np.float64)
-            if not model._weights.shape[1:] == (len(model._forms),) == (model.settings.n_networks,):
+            n_networks = len(model._forms)
+            if not (model._weights.shape == (2, n_networks) and 0 < n_networks <= model.settings.n_networks):
                 raise ValueError("its networks and what it says of them differ in number")
             if not (model._weights >= 0).all() or (abs(model._weights.sum(axis=1) - 1) > 1e-6).any():
                 raise ValueError("the weights of its networks are no shares")
