@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from . import __version__, _checks
-from ._config import FORMS, GRAPHS, OUTPUTS, Settings, Training, in_form, resolve, with_missing
+from ._config import FORMS, GRAPHS, OUTPUTS, TARGET_SUMS, Settings, Training, in_form, resolve, with_missing
 from ._gather import Block, Gathered, InMemory
 from ._logging import logger
 from ._memory import give_back, state_memory
@@ -848,7 +848,7 @@ class SpaFormer:
         if output is not None:
             _checks.check_choice("output", output, OUTPUTS)
         if target_sum is not None:
-            target_sum = _checks.check_positive("target_sum", target_sum)
+            target_sum = _checks.check_number("target_sum", target_sum, *TARGET_SUMS)
         _checks.check_adata(adata)
         asked = np.arange(adata.n_vars) if genes is None else _checks.check_genes(adata, genes)
         opened, columns = self._open_like_the_fit(adata, keys)
@@ -923,6 +923,12 @@ class SpaFormer:
                     block = self._predict_field(
                         whole, inside, measured, some, workers, output, target_sum, genes, embed
                     )
+                    sums = [part.sum(dtype=np.float64) for part in (block.expression, block.embedding, block.depth)]
+                    if not np.isfinite(sums).all():
+                        raise ValueError(
+                            f"what is predicted of the field of view {field.image!r} is not finite: look for extreme "
+                            f"values among its counts and coordinates; `target_sum` is {target_sum:g}."
+                        )
                     gathered.add(number, field.cells[inside], field.weight[inside], block)
                 done += int(field.own.sum())
                 bar.update(done, gathered.n_cells)
