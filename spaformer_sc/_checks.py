@@ -45,8 +45,6 @@ _LARGEST_COUNT = 1e9
 _LARGEST_POSITION = 1e15
 #: Larger weights of a graph cannot be added up in float32.
 _LARGEST_WEIGHT = 1e30
-#: Larger target sums cannot be told from mistakes, and much larger ones overflow float32.
-_LARGEST_TARGET = 1e9
 
 
 # --- small helpers ----------------------------------------------------------------------------------------------------
@@ -252,22 +250,6 @@ def check_positive(name: str, value: Any, *, allow_zero: bool = False) -> float:
     number = _check_real(name, value)
     if not (np.isfinite(number) and (number > 0 or (allow_zero and number == 0))):
         raise ValueError(f"`{name}={value!r}` must be a finite number {'of at least' if allow_zero else 'above'} 0.")
-    return number
-
-
-def check_target_sum(value: Any) -> float:
-    """Check a library size to refer to, and return it as `float`.
-
-    Raises
-    ------
-    TypeError
-        If it is not a number.
-    ValueError
-        If it is not above zero, NaN, infinite or larger than any in use.
-    """
-    number = check_positive("target_sum", value)
-    if number > _LARGEST_TARGET:
-        raise ValueError(f"`target_sum={value!r}` must be at most {_LARGEST_TARGET:.0e}, such as 10000.")
     return number
 
 

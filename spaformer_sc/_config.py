@@ -12,6 +12,8 @@ from ._checks import _did_you_mean, check_choice, check_flag, check_integer, che
 PRESETS = ("default", "paper")
 QUALITIES = ("fast", "default", "best")
 OUTPUTS = ("lognorm", "counts", "rate")
+TARGET_SUMS = 1e-6, 1e12
+"""Least and largest depth that expression is normalised to; single precision holds what comes of it."""
 ZEROS = ("impute", "keep")
 GRAPHS = ("knn", "delaunay", "radius")
 ENCODERS = ("performer", "performer_relu", "exact", "gat", "mlp")
@@ -295,7 +297,7 @@ _MODEL: dict[str, Callable[[str, Any], Any]] = {
     "n_frequencies": _whole(),
     "n_networks": _whole(),
     "mixing": check_flag,
-    "model_sum": _or_none(_number(1e-6)),
+    "model_sum": _or_none(_number(*TARGET_SUMS)),
 }
 _TRAINING: dict[str, Callable[[str, Any], Any]] = {
     "n_steps": _whole(),

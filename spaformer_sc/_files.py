@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextmanager
@@ -45,6 +46,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(fresh, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def renewing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write, which takes the place of a small one, or is made, when all went well; else it is removed.
+
+    Parameters
+    ----------
+    path
+        The file. What is written so far is beside it, with the ending ``.fresh``.
+    """
+    fresh = path.with_suffix(".fresh")
+    try:
+        with open(fresh, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def lock(file: int) -> None:

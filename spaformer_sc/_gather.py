@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ._files import renewing
+
 if TYPE_CHECKING:
     from .training.ranks import Ranks
 
@@ -174,12 +176,8 @@ class OnDisk:
         kept: dict[str, Any] = {"cells": cells, "weight": weight}
         if block.led_back is not None:
             kept |= {f"led_back_{i}": part for i, part in enumerate(block.led_back)}
-        fresh = self._file(number).with_suffix(".fresh")
-        with open(fresh, "wb") as file:
+        with renewing(self._file(number)) as file:
             np.savez(file, **kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self._file(number))
         self._note(cells, weight, block.led_back)
 
     def leave(self, n_cells: int) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from . import __version__
 from ._config import DECODERS, ENCODERS, GRAPHS, MASKINGS, OUTPUTS, POSITIONAL, PRESETS, QUALITIES, ZEROS
+from ._read import read_zarr
 from ._threads import wait_patiently
 from ._write import SUFFIXES, check_path
 
@@ -25,9 +30,6 @@ Fill in missing gene expression in cell-resolution spatial transcriptomics (CosM
   spaformer-sc demo                                        try it on a simulated tissue
   spaformer-sc impute in.h5ad out.h5ad --library-key fov   impute your own data
 """
-
-ENTRIES_OF_A_CHUNK = 16_000_000
-"""Entries, cells times genes, of a sparse store that are read together; adding many small parts to another is slow."""
 
 IMPUTE = """\
 Read an AnnData with raw counts and coordinates, impute it, and write it with the results added. The input file is not
@@ -189,29 +191,9 @@ def _read(path: str) -> AnnData:
     try:
         if source.suffix == ".h5ad":
             return anndata.read_h5ad(source, backed="r")
-        return _read_zarr(source)
+        return read_zarr(source)
     except Exception as error:  # whatever a damaged file makes of h5py, zarr and anndata
         raise ValueError(f"`IN={path!r}` cannot be read as an AnnData: {error}") from error
-
-
-def _read_zarr(source: Path) -> AnnData:
-    """Read a store, but leave the counts in it; those of an old or unusual one come into memory."""
-    import anndata
-    import zarr
-    from anndata.experimental import read_elem_lazy
-    from anndata.io import read_elem
-
-    group = zarr.open_group(str(source), mode="r")
-    matrix = group.get("X")
-    kinds = [dict(part.attrs).get("encoding-type") for part in (group, matrix) if part is not None]
-    if kinds not in (["anndata", "csr_matrix"], ["anndata", "array"]):
-        return anndata.read_zarr(source)
-    chunks = None
-    if kinds[1] == "csr_matrix":
-        n_cells, n_genes = matrix.attrs["shape"]
-        chunks = min(n_cells, max(1, ENTRIES_OF_A_CHUNK // max(1, n_genes))), n_genes
-    rest = {name: read_elem(group[name]) for name in group if name != "X"}
-    return anndata.AnnData(X=read_elem_lazy(matrix, chunks=chunks), **rest)
 
 
 def _impute(arguments: argparse.Namespace) -> None:
@@ -257,8 +239,6 @@ def _impute(arguments: argparse.Namespace) -> None:
         output_path=arguments.output,
         resume=arguments.resume,
     )
-    if not arguments.quiet:
-        print(f"wrote {arguments.output}", file=sys.stderr)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -287,6 +267,27 @@ def _show_warning(
     print(f"spaformer-sc: warning: {message}", file=sys.stderr)
 
 
+class _Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+@contextmanager
+def _terminated_in_order() -> Iterator[None]:
+    """Let SIGTERM end what is done here like Ctrl-C, so that nothing half written stays behind."""
+    if threading.current_thread() is not threading.main_thread():  # where no signals arrive
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -297,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns
     -------
-    Exit code: 0 done, 1 the input cannot be used (message on stderr), 2 wrong arguments, 130 interrupted.
+    Exit code: 0 done, 1 it cannot be done (message on stderr), 2 wrong arguments, 130 interrupted, 143 terminated.
     """
     arguments = _parser().parse_args(argv)
     logging.basicConfig(
@@ -313,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.threads < 1:
                 raise ValueError(f"--threads {arguments.threads} must be at least 1.")
             torch.set_num_threads(arguments.threads)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _terminated_in_order():
             warnings.showwarning = _show_warning
             (_impute if arguments.command == "impute" else _demo)(arguments)
     except (ImportError, KeyError, TypeError, ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -326,13 +327,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return 1
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        if isinstance(error, OSError) and error.errno and "\n" in str(error):  # HDF5 tells of its insides
+            message = f"{os.strerror(error.errno)}."
         print(f"spaformer-sc: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("spaformer-sc: interrupted.", file=sys.stderr)
         return 130
+    except _Terminated:
+        print("spaformer-sc: terminated.", file=sys.stderr)
+        return 143
     return 0
 
 
+def program() -> None:
+    """Run the command line as a process of its own, and end it.
+
+    Where HDF5 could not write to a file, as on a full disk, it complains whenever one of its objects goes, and crashes at
+    the end of the process; neither is to hide what has been said.
+    """
+    sys.unraisablehook = lambda _: None
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

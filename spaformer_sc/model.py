@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from . import __version__, _checks
-from ._config import ADVANCED, FORMS, GRAPHS, OUTPUTS, Settings, Training, in_form, resolve, with_missing
+from ._config import ADVANCED, FORMS, GRAPHS, OUTPUTS, TARGET_SUMS, Settings, Training, in_form, resolve, with_missing
 from ._gather import Block, Gathered, InMemory
 from ._logging import logger
 from ._memory import give_back, state_memory
@@ -609,11 +609,11 @@ class SpaFormer:
         from .training.mixing import mix_in_own_counts
         from .training.progress import ProgressBar
         from .training.start import start_from_components, token_components
-        from .training.trainer import shortened
+        from .training.trainer import Diverged, shortened
 
         s = self.settings
-        n_networks = s.n_networks
-        candidates = s.forms[:n_networks] if start is None else tuple(self._forms)
+        candidates = s.forms[: s.n_networks] if start is None else tuple(self._forms)
+        n_networks = s.n_networks if start is None else len(candidates)
         mixing = s.mixing and held.enough
         if entries is not None and not entries.enough:
             entries = None
@@ -623,11 +623,12 @@ class SpaFormer:
         histories: list[History] = []
         parts: list[NDArray[np.float64]] = []
         predicted: list[NDArray[np.float64]] = []
+        diverged: list[Diverged] = []
         self._networks, self._forms = [], []
 
-        def train_further(forms: Sequence[str], trainings: Sequence[Training]) -> None:
+        def train_further(first: int, forms: Sequence[str], trainings: Sequence[Training]) -> None:
             tasks = []
-            for number, (form, training) in enumerate(zip(forms, trainings, strict=True), start=len(self._networks)):
+            for number, (form, training) in enumerate(zip(forms, trainings, strict=True), start=first):
                 network = self._new_network(number, form).to(device)
                 if start is not None:
                     training = start.training(training)
@@ -637,21 +638,31 @@ class SpaFormer:
                 seed = derived_seed(self.random_state, f"training {number}")
                 tasks.append(Task(number, network, training, seed, tuned=start is not None))
             bar = ProgressBar("training", self.progress and ranks.first, tasks[0].number, n_networks)
-            for trained, history in train_abreast(tasks, data, sampler, validate, workers, bar, checkpoint, ranks):
+            results = train_abreast(tasks, data, sampler, validate, workers, bar, checkpoint, ranks)
+            for form, result in zip(forms, results, strict=True):
+                if isinstance(result, Diverged):
+                    diverged.append(result)
+                    continue
+                trained, history = result
                 if mixing:
                     parts.append(mix_in_own_counts(trained, held))
                 if s.mixing and entries is not None:
                     predicted.append(entries.predicted(trained))
                 self._networks.append(trained)
+                self._forms.append(form)
                 histories.append(history)
-            self._forms += forms
 
-        train_further(candidates, [in_form(s, form).training for form in candidates])
+        train_further(0, candidates, [in_form(s, form).training for form in candidates])
+        if not self._networks:
+            raise diverged[0]
         if n_more := n_networks - len(candidates):
             best = int(np.argmax([history.best_score for history in histories]))
-            form = candidates[best]
-            train_further([form] * n_more, [shortened(in_form(s, form).training, histories[best])] * n_more)
-        measured = mixture_weights(np.stack(parts), held.counts) if mixing else np.full(n_networks, 1 / n_networks)
+            form, training = self._forms[best], shortened(in_form(s, self._forms[best]).training, histories[best])
+            train_further(len(candidates), [form] * n_more, [training] * n_more)
+        if diverged:
+            logger.warning("%d of %d networks are left out: %s", len(diverged), n_networks, diverged[0])
+        n_kept = len(self._networks)
+        measured = mixture_weights(np.stack(parts), held.counts) if mixing else np.full(n_kept, 1 / n_kept)
         self._weights = np.stack([measured, measured])
         if s.mixing and entries is not None:
             self._weights[1] = entries.weights(np.stack(predicted))
@@ -832,7 +843,7 @@ class SpaFormer:
         if output is not None:
             _checks.check_choice("output", output, OUTPUTS)
         if target_sum is not None:
-            target_sum = _checks.check_target_sum(target_sum)
+            target_sum = _checks.check_number("target_sum", target_sum, *TARGET_SUMS)
         _checks.check_adata(adata)
         asked = np.arange(adata.n_vars) if genes is None else _checks.check_genes(adata, genes)
         opened, columns = self._open_like_the_fit(adata, keys)
@@ -908,6 +919,12 @@ class SpaFormer:
                     block = self._predict_field(
                         whole, inside, measured, some, workers, output, target_sum, genes, embed
                     )
+                    sums = [part.sum(dtype=np.float64) for part in (block.expression, block.embedding, block.depth)]
+                    if not np.isfinite(sums).all():
+                        raise ValueError(
+                            f"what is predicted of the field of view {field.image!r} is not finite: look for extreme "
+                            f"values among its counts and coordinates; `target_sum` is {target_sum:g}."
+                        )
                     gathered.add(number, field.cells[inside], field.weight[inside], block)
                 done += int(field.own.sum())
                 bar.update(done, gathered.n_cells)
@@ -1333,7 +1350,8 @@ class SpaFormer:
             model._forms = [str(form) for form in description["networks"]["form"]]
             names = ("weight", "weight_where_missing")
             model._weights = np.array([description["networks"][name] for name in names], dtype=np.float64)
-            if not model._weights.shape[1:] == (len(model._forms),) == (model.settings.n_networks,):
+            n_networks = len(model._forms)
+            if not (model._weights.shape == (2, n_networks) and 0 < n_networks <= model.settings.n_networks):
                 raise ValueError("its networks and what it says of them differ in number")
             _check_shares("the weights of its networks", model._weights)
             model.scores, model.history = description["scores"], description["history"]

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from spaformer_sc import __version__, _checks
-from spaformer_sc._config import ADVANCED, OUTPUTS, ZEROS
+from spaformer_sc._config import ADVANCED, OUTPUTS, TARGET_SUMS, ZEROS
 from spaformer_sc._gather import InMemory, OnDisk
 from spaformer_sc._keys import Keys
 from spaformer_sc._logging import logger
@@ -281,7 +281,7 @@ def impute(
     ]
     _checks.check_key_added(adata, key_added, slots=slots, mark="spaformer_sc")
     if target_sum is not None:
-        target_sum = _checks.check_target_sum(target_sum)
+        target_sum = _checks.check_number("target_sum", target_sum, *TARGET_SUMS)
     columns = None if genes is None else _checks.check_genes(adata, genes)
     if output_path is not None:
         check_path("output_path", output_path)

@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint
 from .progress import ProgressBar
 from .ranks import Ranks
 from .sequences import FieldCounts, Sampler
-from .trainer import History, planned_steps, train
+from .trainer import Diverged, History, planned_steps, train
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def train_abreast(
     bar: ProgressBar,
     checkpoint: Checkpoint | None,
     ranks: Ranks,
-) -> list[tuple[Network, History]]:
+) -> list[tuple[Network, History] | Diverged]:
     """Train networks that do not depend on each other; see :func:`.trainer.train`.
 
     Where there are fewer networks than threads, batches are made beside the training. Results depend on neither.
@@ -61,7 +61,7 @@ def train_abreast(
 
     Returns
     -------
-    Trained networks and their histories, in the order of the tasks.
+    Trained networks and their histories, in the order of the tasks; an error in place of one that has nothing good.
     """
     # Dropout draws from a generator that all threads share; what several processes say to each other has one order.
     alone = ranks.size > 1 or any(task.network.config.dropout for task in tasks)
@@ -71,7 +71,7 @@ def train_abreast(
     for number, n in n_steps.items():
         bar.plan(number, n)
 
-    def run(task: Task, go_on: Callable[[], None]) -> tuple[Network, History]:
+    def run(task: Task, go_on: Callable[[], None]) -> tuple[Network, History] | Diverged:
         kept = None if checkpoint is None else checkpoint.load(f"network_{task.number}")
         if kept is not None:
             task.network.load_state_dict(kept["weights"])
@@ -83,20 +83,23 @@ def train_abreast(
             bar.update(step, n_steps, score, task.number)
             go_on()
 
-        trained, history = train(
-            task.network,
-            data,
-            samplers[task.number],
-            task.training,
-            validate=validate,
-            seed=task.seed,
-            progress=progress,
-            tuned=task.tuned,
-            ahead=workers.ahead if workers.spare(n_abreast) else None,
-            checkpoint=checkpoint,
-            state=f"training_{task.number}",
-            ranks=ranks,
-        )
+        try:
+            trained, history = train(
+                task.network,
+                data,
+                samplers[task.number],
+                task.training,
+                validate=validate,
+                seed=task.seed,
+                progress=progress,
+                tuned=task.tuned,
+                ahead=workers.ahead if workers.spare(n_abreast) else None,
+                checkpoint=checkpoint,
+                state=f"training_{task.number}",
+                ranks=ranks,
+            )
+        except Diverged as error:
+            return error
         if checkpoint is not None:
             checkpoint.save(f"network_{task.number}", {"weights": trained.state_dict(), "history": vars(history)})
             checkpoint.drop(f"training_{task.number}")

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from spaformer_sc._files import lock
+from spaformer_sc._files import lock, renewing
 from spaformer_sc._logging import logger
 
 RUN = "run.json"
@@ -172,12 +172,8 @@ class Checkpoint:
         """Keep a state under a name in place of an earlier one."""
         if not self.writes:
             return
-        fresh = self._folder / f"{name}.fresh"
-        with open(fresh, "wb") as file:
+        with renewing(self._folder / f"{name}.pt") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self._folder / f"{name}.pt")
         self._saved[name] = time.monotonic()
 
     def load(self, name: str) -> dict[str, Any] | None:

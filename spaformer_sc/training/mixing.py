@@ -65,10 +65,12 @@ class _Held:
         return map(self._sampler.open, self.fields)
 
     def _per_count(self, parts: Sequence[float], ranks: Ranks) -> float:
-        """Sum of all ranks' parts per held-out transcript; NaN when there is none."""
+        """Sum of all ranks' parts per held-out transcript; NaN when there is none, -inf when a part is not finite."""
         (gain,) = ranks.sum(sum(parts))
         total = float(self.counts.sum())
-        return gain / total if total else math.nan
+        if not total:
+            return math.nan
+        return gain / total if math.isfinite(gain) else -math.inf
 
     def _in_blocks(
         self, networks: Sequence[Network], function: Callable[[Block, Iterator[Output]], T], ranks: Ranks = ALONE

@@ -35,6 +35,10 @@ the hidden counts at more than this rate.
 """
 
 
+class Diverged(RuntimeError):
+    """A training came to numbers that are not finite before there were good weights."""
+
+
 @dataclass
 class History:
     """Course of a training: one entry for each validation.
@@ -188,13 +192,18 @@ class _Watch:
         self.losses: list[Tensor] = []
         self.stop = False
         self._best: dict[str, Tensor] = {}
+        self._best_before: dict[str, Tensor] = {}
         self.best_score = -math.inf
         self._since_best = 0
 
-    def check(self, step: int, epoch: float) -> None:
-        """Validate. Where nothing was held out (NaN), the last weights count as the best."""
+    def check(self, step: int, epoch: float) -> bool:
+        """Validate, and say whether the network is finite.
+
+        Where nothing was held out (NaN), the last weights count as the best.
+        """
         self.network.eval()
         score = self.validate(self.network)
+        self._best_before = self._best
         self.history.step.append(step)
         self.history.epoch.append(epoch)
         losses = [loss.to(self.losses[-1].device) for loss in self.losses]
@@ -208,10 +217,11 @@ class _Watch:
         else:
             self._since_best += 1
         self.stop = self._since_best >= self.patience
+        return score != -math.inf and all(bool(weight.isfinite().all()) for weight in self.network.parameters())
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` goes on from."""
-        kept = ("losses", "stop", "_best", "best_score", "_since_best")
+        kept = ("losses", "stop", "_best", "_best_before", "best_score", "_since_best")
         return {"history": asdict(self.history), **{name: getattr(self, name) for name in kept}}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -221,13 +231,22 @@ class _Watch:
             if name != "history":
                 setattr(self, name, value)
 
-    def diverged(self, step: int) -> tuple[Network, History]:
+    def diverged(self, step: int, learning_rate: float) -> tuple[Network, History]:
         """Give the last good weights and say so; an error when there are none."""
+        if self.history.step and self.history.step[-1] == step:  # it is the weights validated last that are not good
+            self._best = self._best_before
+            for entries in vars(self.history).values():
+                entries.pop()
+        advice = (
+            "Look for extreme values among the counts, or lower the learning rate: "
+            f"settings={{'learning_rate': {min(learning_rate / 10, Training.learning_rate):g}}}."
+        )
         if not self._best:
-            raise RuntimeError(
-                f"training diverged at step {step}, before anything was learnt; check the counts for extreme values."
-            )
-        logger.warning("training diverged at step %d; the last good weights are kept.", step)
+            raise Diverged(f"training diverged at step {step}, before anything was learnt. {advice}")
+        kept = self.history.best_step
+        logger.warning(
+            "training diverged at step %d; the last good weights, of step %d, are kept. %s", step, kept, advice
+        )
         return self.result()
 
     def result(self) -> tuple[Network, History]:
@@ -264,7 +283,8 @@ def train(
     config
         How to train.
     validate
-        Scores a network on what is held out; larger is better.
+        Scores a network on what is held out; larger is better. NaN where nothing is held out, minus infinity where the
+        prediction is not finite.
     seed
         Seed of corruption, sampling and dropout.
     progress
@@ -284,7 +304,13 @@ def train(
 
     Returns
     -------
-    The network with the best (averaged) weights, and the history.
+    The network with the best (averaged) weights, and the history. A training that diverges ends with the last good
+    weights and a warning.
+
+    Raises
+    ------
+    Diverged
+        If it does before there are any.
     """
     corruption, noise, features = (torch.Generator().manual_seed(seed + i) for i in range(3))
     n_epochs, n_steps = planned_steps(data, sampler, config)
@@ -320,7 +346,8 @@ def train(
             if draws:
                 set_random_state(kept["dropout"], sampler.device)
         elif tuned:
-            watch.check(0, 0.0)
+            if not watch.check(0, 0.0):
+                return watch.diverged(0, config.learning_rate)
             network.train()
         ranks.wait()  # the first may go on to keep another state in place of this
         for epoch in range(first_epoch, n_epochs):
@@ -362,7 +389,7 @@ def train(
                         loss = losses(batch, kl_weight, noise, size)
                 shown = ranks.mean(loss.detach())
                 if not torch.isfinite(shown):
-                    return watch.diverged(step)
+                    return watch.diverged(step, config.learning_rate)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
@@ -372,13 +399,14 @@ def train(
                 watch.losses.append(shown)
                 step += 1
                 if step % every == 0:
-                    watch.check(step, step / per_epoch)
+                    if not watch.check(step, step / per_epoch):
+                        return watch.diverged(step, config.learning_rate)
                     network.train()
                 progress(step, step if watch.stop else n_steps, watch.best_score)
                 if watch.stop:
                     logger.info("stopped at step %d of %d: what is held out is predicted no better", step, n_steps)
                     return watch.result()
             batches.close()  # what another rank has no part in is made no more
-            if epoch == n_epochs - 1 and watch.losses:
-                watch.check(step, float(n_epochs))
+            if epoch == n_epochs - 1 and watch.losses and not watch.check(step, float(n_epochs)):
+                return watch.diverged(step, config.learning_rate)
     return watch.result()
