@@ -997,10 +997,18 @@ def check_result(adata: AnnData, key: str) -> dict[str, Any]:
     ------
     KeyError
         If there is nothing of this name.
+    ValueError
+        If it is not a whole result.
     """
     if key not in adata.uns:
         raise KeyError(f"`key_added={key!r}`: there is no such result in adata.uns; run `sf.tl.impute` first.")
-    return dict(adata.uns[key])
+    record = adata.uns[key]
+    if not (isinstance(record, Mapping) and "params" in record and "gain" in record.get("scores", ())):
+        raise ValueError(
+            f"`key_added={key!r}`: adata.uns[{key!r}] is not a whole result of `sf.tl.impute`. Concatenating keeps only "
+            "what several results have in common: read each before, or impute what was concatenated."
+        )
+    return dict(record)
 
 
 def check_posterior(key: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
