@@ -1005,8 +1005,8 @@ def check_result(adata: AnnData, key: str) -> dict[str, Any]:
     record = adata.uns[key]
     if not (isinstance(record, Mapping) and "params" in record and "gain" in record.get("scores", ())):
         raise ValueError(
-            f"`key_added={key!r}`: adata.uns[{key!r}] is not a whole result of `sf.tl.impute`. Concatenating keeps only "
-            "what several results have in common: read each before, or impute what was concatenated."
+            f"`key_added={key!r}`: adata.uns[{key!r}] is not a whole result of `sf.tl.impute`. Concatenating keeps "
+            "only what several results have in common: read each before, or impute what was concatenated."
         )
     return dict(record)
 

@@ -62,7 +62,7 @@ def furnish(adata):
     adata.layers["other"] = rng.random(adata.shape)
     adata.obsm["frame"] = pd.DataFrame({"area": rng.random(adata.n_obs)}, index=adata.obs_names)
     adata.varm["loadings"] = rng.random((adata.n_vars, 2))
-    adata.obsp["spatial_connectivities"] = sp.random(adata.n_obs, adata.n_obs, 0.05, "csr", rng=rng)
+    adata.obsp["spatial_connectivities"] = sp.random(adata.n_obs, adata.n_obs, 0.05, "csr", random_state=rng)
     adata.varp["correlation"] = rng.random((adata.n_vars, adata.n_vars))
     adata.uns["spatial"] = {"slide": {"scalefactors": {"spot": 1.0}, "images": [1, 2]}}
     return adata
