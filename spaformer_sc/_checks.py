@@ -48,6 +48,11 @@ def _listing(names: Iterable[Any], limit: int = 10) -> str:
     return ", ".join(shown[:limit]) + more
 
 
+def _layers(adata: AnnData) -> list[str]:
+    """Names of the layers, among which anndata 0.13 has ``X``, named None."""
+    return [name for name in adata.layers if name is not None]
+
+
 def _did_you_mean(name: str, options: Iterable[Any]) -> str:
     """Return " Did you mean 'x'?" for the option nearest to `name`, or an empty string."""
     options = [option for option in options if isinstance(option, str)]
@@ -376,12 +381,12 @@ def _matrix(adata: AnnData, layer: str | None) -> tuple[str, Any]:
     """Find the matrix of counts, and its name in messages."""
     if layer is None:
         if adata.X is None:
-            raise ValueError(f"`adata.X` is None. Pass `layer=`; there are: {_listing(adata.layers)}.")
+            raise ValueError(f"`adata.X` is None. Pass `layer=`; there are: {_listing(_layers(adata))}.")
         return "adata.X", adata.X
     if layer not in adata.layers:
         raise KeyError(
-            f"`layer={layer!r}` is not in `adata.layers`; there are: {_listing(adata.layers)}. "
-            f"Pass layer=None to use `adata.X`.{_did_you_mean(str(layer), adata.layers)}"
+            f"`layer={layer!r}` is not in `adata.layers`; there are: {_listing(_layers(adata))}. "
+            f"Pass layer=None to use `adata.X`.{_did_you_mean(str(layer), _layers(adata))}"
         )
     return f"adata.layers[{layer!r}]", adata.layers[layer]
 
@@ -489,7 +494,7 @@ def _where_counts_are(adata: AnnData, layer: str | None) -> str:
     """Say which other matrices of `adata` hold whole numbers, and how to pass them."""
     found = [
         f"`adata.layers[{key!r}]` holds whole numbers: pass layer={key!r}."
-        for key in adata.layers
+        for key in _layers(adata)
         if key != layer and _holds_counts(adata.layers[key])
     ]
     if layer is not None and adata.X is not None and _holds_counts(adata.X):
@@ -602,8 +607,8 @@ def check_layer_of_missing(adata: AnnData, missing: str | None) -> npt.NDArray[n
         return None
     if missing not in adata.layers:
         raise KeyError(
-            f"`missing={missing!r}` is not in `adata.layers`; there are: {_listing(adata.layers)}."
-            f"{_did_you_mean(str(missing), adata.layers)}"
+            f"`missing={missing!r}` is not in `adata.layers`; there are: {_listing(_layers(adata))}."
+            f"{_did_you_mean(str(missing), _layers(adata))}"
         )
     layer = _in_memory(adata.layers[missing])
     values = layer.data if sparse.issparse(layer) else np.asarray(layer)

@@ -26,7 +26,8 @@ def contents(adata):
         frame = getattr(adata, slot)
         found.update({f"{slot}/{column}": described(frame[column]) for column in frame})
     for slot in ("layers", "obsm", "varm", "obsp", "varp", "uns"):
-        found.update({f"{slot}/{key}": described(value) for key, value in getattr(adata, slot).items()})
+        values = {key: value for key, value in getattr(adata, slot).items() if key is not None}  # X, in anndata 0.13
+        found.update({f"{slot}/{key}": described(value) for key, value in values.items()})
     if adata.raw is not None:
         found["raw"] = (described(adata.raw.X), described(adata.raw.var), list(adata.raw.var_names))
     return found
