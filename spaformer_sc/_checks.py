@@ -59,6 +59,11 @@ def _listing(names: Iterable[Any], limit: int = 10) -> str:
     return ", ".join(shown[:limit]) + more
 
 
+def _layers(adata: AnnData) -> list[str]:
+    """Names of the layers, among which anndata 0.13 has ``X``, named None."""
+    return [name for name in adata.layers if name is not None]
+
+
 def _did_you_mean(name: str, options: Iterable[Any]) -> str:
     """Return " Did you mean 'x'?" for the option nearest to `name`, or an empty string."""
     options = [option for option in options if isinstance(option, str)]
@@ -485,7 +490,7 @@ def _matrix(adata: AnnData, layer: str | None) -> tuple[str, Any]:
     """Find the matrix of counts, and its name in messages."""
     if layer is None:
         if adata.X is None:
-            raise ValueError(f"`adata.X` is None. Pass `layer=`; there are: {_listing(adata.layers)}.")
+            raise ValueError(f"`adata.X` is None. Pass `layer=`; there are: {_listing(_layers(adata))}.")
         return "adata.X", adata.X
     check_layer("layer", adata, layer, " Pass layer=None to use `adata.X`.")
     return f"adata.layers[{layer!r}]", adata.layers[layer]
@@ -504,8 +509,8 @@ def check_layer(name: str, adata: AnnData, value: Any, advice: str = "") -> None
     check_name(name, value)
     if value not in adata.layers:
         raise KeyError(
-            f"`{name}={value!r}` is not in `adata.layers`; there are: {_listing(adata.layers)}.{advice}"
-            f"{_did_you_mean(value, adata.layers)}"
+            f"`{name}={value!r}` is not in `adata.layers`; there are: {_listing(_layers(adata))}.{advice}"
+            f"{_did_you_mean(value, _layers(adata))}"
         )
 
 
@@ -628,7 +633,7 @@ def _where_counts_are(adata: AnnData, layer: str | None) -> str:
     """Say which other matrices of `adata` hold whole numbers, and how to pass them."""
     found = [
         f"`adata.layers[{key!r}]` holds whole numbers: pass layer={key!r}."
-        for key in adata.layers
+        for key in _layers(adata)
         if key != layer and _holds_counts(adata.layers[key])
     ]
     if layer is not None and adata.X is not None and _holds_counts(adata.X):
@@ -1212,6 +1217,8 @@ def check_result(adata: AnnData, key: str, slots: Iterable[tuple[str, str]] = ()
         If there is no result of this name, or a slot is gone.
     TypeError
         If `adata` is not an AnnData, or `key` is not a name.
+    ValueError
+        If it is not a whole result.
     """
     _check_is_anndata(adata)
     check_name("key_added", key)
@@ -1221,10 +1228,16 @@ def check_result(adata: AnnData, key: str, slots: Iterable[tuple[str, str]] = ()
             f"`key_added={key!r}`: there is no such result in adata.uns (there are: {_listing(results)}); "
             "run `sf.tl.impute` first."
         )
+    record = adata.uns[key]
+    if "gain" not in record.get("scores", ()):
+        raise ValueError(
+            f"`key_added={key!r}`: adata.uns[{key!r}] is not a whole result of `sf.tl.impute`. Concatenating keeps "
+            "only what several results have in common: read each before, or impute what was concatenated."
+        )
     gone = [f"adata.{attribute}[{name!r}]" for attribute, name in slots if name not in getattr(adata, attribute)]
     if gone:
         raise KeyError(f"`key_added={key!r}`: {_listing(gone)} of this result is gone; run `sf.tl.impute` again.")
-    return dict(adata.uns[key])
+    return dict(record)
 
 
 def check_posterior(key: str, record: Mapping[str, Any]) -> Mapping[str, Any]:

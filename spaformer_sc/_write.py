@@ -322,7 +322,7 @@ def _shell(adata: AnnData, without: Sequence[str] | None = None) -> AnnData:
 
     raw = None if without is not None else adata.raw
     slots = {slot: dict(getattr(adata, slot)) for slot in ("layers", "obsm", "varm", "obsp", "varp")}
-    for name in without or ():
+    for name in (None, *(without or ())):  # None: X, in anndata 0.13
         slots["layers"].pop(name, None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* names are not unique", UserWarning)

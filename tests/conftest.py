@@ -29,7 +29,8 @@ def contents(adata):
         found[f"{slot}_names"] = (list(frame.index), frame.index.name, str(frame.index.dtype))
         found.update({f"{slot}/{name}": described(column) for name, column in frame.items()})
     for slot in ("layers", "obsm", "varm", "obsp", "varp", "uns"):
-        found.update({f"{slot}/{key}": described(value) for key, value in getattr(adata, slot).items()})
+        values = {key: value for key, value in getattr(adata, slot).items() if key is not None}  # X, in anndata 0.13
+        found.update({f"{slot}/{key}": described(value) for key, value in values.items()})
     if adata.raw is not None:
         found["raw"] = (described(adata.raw.X), described(adata.raw.var), list(adata.raw.var_names))
         found["raw.varm"] = {key: described(value) for key, value in adata.raw.varm.items()}
@@ -79,7 +80,7 @@ def furnish(adata):
     adata.layers["other"] = rng.random(adata.shape)
     adata.obsm["frame"] = pd.DataFrame({"area": rng.random(adata.n_obs)}, index=adata.obs_names)
     adata.varm["loadings"] = rng.random((adata.n_vars, 2))
-    adata.obsp["spatial_connectivities"] = sparse.random(adata.n_obs, adata.n_obs, 0.05, "csr", rng=rng)
+    adata.obsp["spatial_connectivities"] = sparse.random(adata.n_obs, adata.n_obs, 0.05, "csr", random_state=rng)
     adata.varp["correlation"] = rng.random((adata.n_vars, adata.n_vars))
     adata.uns["spatial"] = {"slide": {"scalefactors": {"spot": 1.0}, "images": [1, 2]}}
     adata.uns["fov_colors"] = ["#ff0000", "#00ff00", "#0000ff"]

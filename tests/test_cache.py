@@ -287,8 +287,7 @@ def test_one_moved_cell_changes_its_field_alone(tissue, calls):
 
 @pytest.mark.parametrize("name", ["laplacian", "random_walk"])
 def test_another_number_of_columns_or_edge_is_computed_anew(name, calls):
-    from torch_geometric.data import Data
-
+    from spaformer_sc._geometric import Data
     from spaformer_sc.positional import build_positional
 
     (of,) = [calls[of] for of in calls if name in of or (name == "random_walk" and "landing" in of)]

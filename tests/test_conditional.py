@@ -11,9 +11,9 @@ import scipy.sparse as sp
 import torch
 from scipy.sparse.csgraph import shortest_path
 from torch import Tensor
-from torch_geometric.data import Data
 
 import spaformer_sc as sf
+from spaformer_sc._geometric import Data
 from spaformer_sc.data._fields import GraphConfig, Layout, fields_of_view
 from spaformer_sc.nn.masking import CORRUPTIONS, MaskingRates, MaskingSchedule, SparseCounts
 from spaformer_sc.nn.network import Network, NetworkConfig, Tokens

@@ -9,8 +9,8 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 from torch import Tensor
-from torch_geometric.data import Data
 
+from spaformer_sc._geometric import Data
 from spaformer_sc.nn.network import Positions
 from spaformer_sc.positional import (
     POSITIONAL,

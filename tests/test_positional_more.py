@@ -16,10 +16,10 @@ import pytest
 import torch
 from scipy import sparse
 from torch import Tensor
-from torch_geometric.data import Data
 
 import spaformer_sc as sf
 from spaformer_sc._config import resolve
+from spaformer_sc._geometric import Data
 from spaformer_sc.data._graph import spatial_graph, typical_distance
 from spaformer_sc.nn.network import Positions
 from spaformer_sc.positional import (

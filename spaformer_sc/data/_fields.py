@@ -148,7 +148,8 @@ class Layout:
         between neighbours.
         """
         import torch
-        from torch_geometric.data import Data
+
+        from spaformer_sc._geometric import Data
 
         order = np.argsort(self.codes, kind="stable")
         bounds = np.searchsorted(self.codes[order], np.arange(len(self.names) + 1))

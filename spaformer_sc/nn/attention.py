@@ -24,7 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_geometric.nn import GATv2Conv
+
+from spaformer_sc._geometric import GATv2Conv
 
 __all__ = ["ATTENTION", "ExactAttention", "GraphAttention", "PerformerAttention", "orthogonal_features"]
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
+
+from spaformer_sc._geometric import Data
 
 if TYPE_CHECKING:
     from spaformer_sc.nn.network import Positions

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
-from torch_geometric.nn import GATv2Conv, GINConv
 
+from spaformer_sc._geometric import Data, GATv2Conv, GINConv
 from spaformer_sc.positional._base import PositionalEncoding
 
 N_LAYERS = 2

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
 
+from spaformer_sc._geometric import Data
 from spaformer_sc.positional._base import PositionalEncoding
 
 POSITION_SCALE = 30.0

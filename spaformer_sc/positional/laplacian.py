@@ -19,9 +19,9 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
-from torch_geometric.data import Data
 
 from spaformer_sc._cache import remembered
+from spaformer_sc._geometric import Data
 from spaformer_sc.positional._base import PositionalEncoding
 
 LAPLACIAN_FEATURES = ("laplacian_vectors", "laplacian_values", "laplacian_mask")

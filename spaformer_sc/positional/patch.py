@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
 
+from spaformer_sc._geometric import Data
 from spaformer_sc.positional._base import PositionalEncoding
 from spaformer_sc.positional.coordinate import positions
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor, nn
-from torch_geometric.data import Data
 
 from spaformer_sc._cache import remembered
+from spaformer_sc._geometric import Data
 from spaformer_sc.positional._base import PositionalEncoding
 
 _ROWS = 4096

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Data
-from torch_geometric.nn import GINConv
 
+from spaformer_sc._geometric import Data, GINConv
 from spaformer_sc.positional._base import PositionalEncoding
 from spaformer_sc.positional.laplacian import LAPLACIAN_FEATURES, laplacian_features
 

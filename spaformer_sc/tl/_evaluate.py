@@ -115,6 +115,7 @@ def evaluate(
     params = record.get("params", {}) if isinstance(record, Mapping) else {}
     is_ours = "spaformer_sc" in params
     if is_ours:
+        record = _checks.check_result(adata, prediction)
         for name, given in (("scale", scale), ("layer", layer), ("missing", missing)):
             if given is not None:
                 raise ValueError(f"`{name}={given!r}`: it is known of the result {prediction!r}; leave it out.")

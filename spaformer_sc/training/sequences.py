@@ -10,8 +10,8 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch_geometric.utils import subgraph
 
+from spaformer_sc._geometric import subgraph
 from spaformer_sc.data._fields import FieldOfView
 from spaformer_sc.nn.masking import Corrupted, MaskingRates, MaskingSchedule, SparseCounts, corrupt, depth, nothing
 from spaformer_sc.nn.network import Network, Positions, Tokens
