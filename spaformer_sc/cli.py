@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -327,8 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return 1
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        if isinstance(error, OSError) and error.errno and "\n" in str(error):  # HDF5 tells of its insides
-            message = f"{os.strerror(error.errno)}."
+        if cause := re.search(r"\berrno = (\d+)", str(error)):  # in the middle of what HDF5 tells of its insides
+            message = f"{os.strerror(int(cause[1]))}."
         print(f"spaformer-sc: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -343,10 +344,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def program() -> None:
     """Run the command line as a process of its own, and end it.
 
-    Where HDF5 could not write to a file, as on a full disk, it complains whenever one of its objects goes, and crashes at
-    the end of the process; neither is to hide what has been said.
+    Where HDF5 could not write to a file, as on a full disk, it crashes at the end of the process, and takes the exit
+    code with it.
     """
-    sys.unraisablehook = lambda _: None
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
