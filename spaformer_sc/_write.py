@@ -216,7 +216,7 @@ def write_streamed(
                 ]
                 layer = da.concatenate(parts)  # type: ignore[no-untyped-call]
                 chunks = {"chunks": (min(rows, adata.n_obs, 1000), adata.n_vars)} if fresh.suffix == ".h5ad" else {}
-                write_elem(store, f"layers/{name}", layer, dataset_kwargs=chunks)
+                write_elem(store["layers"], name, layer, dataset_kwargs=chunks)
     for name in names:
         logger.info("wrote layer %r, (%d, %d) float32", name, *adata.shape)
 
