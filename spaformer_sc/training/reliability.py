@@ -500,8 +500,8 @@ def scores_of_groups(gains: FloatArray, held_out: FloatArray, groups: NDArray[np
     Returns
     -------
     A data frame (groups) with ``n_cells`` and ``held_out``; ``gain`` over the gene mean and ``gain_over_baseline``, in
-    nats per held-out transcript, NaN without any, with standard errors ``…_se`` from the spread between cells, NaN for a
-    single cell; and ``reliability``, a categorical of :data:`LEVELS`: a gain over the baseline of more than 1.73
+    nats per held-out transcript, NaN without any, with standard errors ``…_se`` from the spread between cells, NaN for
+    a single cell; and ``reliability``, a categorical of :data:`LEVELS`: a gain over the baseline of more than 1.73
     standard errors is ``weak``, of more than 3 ``reliable``.
     """
     n = np.bincount(groups)
