@@ -374,7 +374,7 @@ def test_weights_that_give_a_bad_loss_are_not_good(monkeypatch):
 @pytest.mark.parametrize("score", [-math.inf, math.nan])
 def test_without_good_weights_there_is_an_error(monkeypatch, score):
     monkeypatch.setattr(trainer, "batch_loss", becoming(gradient_of_nan, 1))
-    with pytest.raises(Diverged, match="diverged at step [12], before anything was learnt"):
+    with pytest.raises(Diverged, match=r"diverged at step [12], before anything was learnt"):
         run(Training(max_epochs=10, n_validations=15), lambda network: score)
 
 
