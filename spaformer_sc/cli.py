@@ -328,7 +328,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return 1
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        if cause := re.search(r"\berrno = (\d+)", str(error)):  # in the middle of what HDF5 tells of its insides
+        if cause := re.search(
+            r"file write failed.*?errno = (\d+)", str(error), re.DOTALL
+        ):  # in the middle of what HDF5 tells of its insides
             message = f"{os.strerror(int(cause[1]))}."
         print(f"spaformer-sc: {message}", file=sys.stderr)
         return 1

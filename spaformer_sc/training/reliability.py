@@ -500,20 +500,21 @@ def scores_of_groups(gains: FloatArray, held_out: FloatArray, groups: NDArray[np
     Returns
     -------
     A data frame (groups) with ``n_cells`` and ``held_out``; ``gain`` over the gene mean and ``gain_over_baseline``, in
-    nats per held-out transcript, with standard errors ``…_se`` from the spread between cells, NaN for a single cell;
-    and ``reliability``, a categorical of :data:`LEVELS`: a gain over the baseline of more than 1.73 standard errors is
-    ``weak``, of more than 3 ``reliable``.
+    nats per held-out transcript, NaN without any, with standard errors ``…_se`` from the spread between cells, NaN for
+    a single cell; and ``reliability``, a categorical of :data:`LEVELS`: a gain over the baseline of more than 1.73
+    standard errors is ``weak``, of more than 3 ``reliable``.
     """
     n = np.bincount(groups)
     total = np.bincount(groups, weights=held_out)
+    told = np.where(total > 0, total, np.nan)
 
     def score(values: FloatArray) -> tuple[FloatArray, FloatArray]:
         summed = np.bincount(groups, weights=values, minlength=len(n))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            share = summed / total
+        with np.errstate(invalid="ignore"):
+            share = summed / told
             rest = values - share[groups] * held_out
             spread = np.bincount(groups, weights=rest**2, minlength=len(n)) * n / np.where(n > 1, n - 1, np.nan)
-            return share, np.sqrt(spread) / total
+            return share, np.sqrt(spread) / told
 
     (gain, gain_se), *others = (score(values) for values in gains)
     over, over_se = gain, gain_se

@@ -17,7 +17,7 @@ from spaformer_sc.metrics import (
     poisson_gain_per_gene,
 )
 
-from .reliability import GAINS, LEVELS, reliability
+from .reliability import GAINS, LEAST_HELD, LEVELS, reliability
 
 FLOOR = 0.01
 """Smallest predicted share of a gene in the stopping score, relative to the gene's mean share."""
@@ -117,7 +117,7 @@ def held_out_scores(
         "median_pearson": float(np.median(known)) if len(known) else math.nan,
         "gain_over_baseline": gain,
         "gain_over_baseline_se": error,
-        "better_than_baseline": bool(gain > 2 * error),
+        "better_than_baseline": bool(held_out.sum() >= LEAST_HELD and gain > 2 * error),
     }
     return overall, per_gene, of_cells
 
