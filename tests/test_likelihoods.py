@@ -197,10 +197,11 @@ def test_expected_log1p_against_the_sum_over_counts(theta: float | None, dtype: 
     scale = torch.tensor(EXPECTED_SCALES, dtype=dtype)[:, None]
     dispersion = None if theta is None else torch.full((len(means),), theta, dtype=dtype)
     together = expected_log1p(mean, scale, dispersion)
-    torch.testing.assert_close(together, expected, rtol=1e-6, atol=0)
+    rtol = 1e-6 if dtype == torch.float32 else 1e-7  # of rounding, of the rule itself
+    torch.testing.assert_close(together, expected, rtol=rtol, atol=0)
     for i, j in np.ndindex(*expected.shape):  # alone, an entry is evaluated at other nodes
         alone = expected_log1p(mean[i : i + 1, j : j + 1], scale[i], None if dispersion is None else dispersion[j])
-        torch.testing.assert_close(alone[0, 0], expected[i, j], rtol=1e-6, atol=0)
+        torch.testing.assert_close(alone[0, 0], expected[i, j], rtol=rtol, atol=0)
 
 
 def test_expected_log1p_of_large_overdispersed_means_is_the_gamma_limit() -> None:
