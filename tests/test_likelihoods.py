@@ -8,6 +8,7 @@ import torch
 from scipy import special, stats
 from torch import Tensor
 
+from spaformer_sc.nn import likelihoods
 from spaformer_sc.nn.likelihoods import (
     expected_log1p,
     gaussian_log_prob,
@@ -73,6 +74,23 @@ def test_nb_in_the_corners_of_the_grid() -> None:
     error = nb_log_prob(x.int(), mean.float(), theta.float()).double() - expected
     limit = tolerance(x, mean) + 1e-6 * x * theta.log().abs()
     assert (error.abs() <= limit).all()
+
+
+def test_the_series_of_gamma_err_by_less_than_1e_10() -> None:
+    """Against sums over i < x of log(1 + i/θ) and of 1 / (θ + i): the rises of log Γ and ψ from θ to θ + x."""
+    x, mean, theta = grid([1, 2, 3, 10], [0.3, 2.0], [1e-4, 1e-3, 0.05, 0.5, 2.0, 8.0, 50.0])
+    steps = torch.arange(10, dtype=torch.float64)
+    below = steps < x[:, None]
+    rise = (torch.log1p(steps / theta[:, None]) * below).sum(1)
+    expected = x * mean.log() - torch.special.gammaln(x + 1) - (x + theta) * torch.log1p(mean / theta) + rise
+    theta.requires_grad_()
+    found = nb_log_prob(x, mean, theta)
+    (of_theta,) = torch.autograd.grad(found.sum(), theta)
+    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-10)
+    theta = theta.detach()
+    digamma_rise = (below / (theta[:, None] + steps)).sum(1)
+    expected = digamma_rise + 1 - (x + theta) / (mean + theta) - torch.log1p(mean / theta)
+    torch.testing.assert_close(of_theta, expected, rtol=1e-12, atol=2e-10)
 
 
 def test_nb_tends_to_poisson() -> None:
@@ -165,7 +183,9 @@ def test_half_precision_is_computed_in_single() -> None:
         expected_log1p(mean[None], mean[:1]),
     ):
         assert result.dtype == torch.float32
-    torch.testing.assert_close(nb_log_prob(x, mean, mean), nb_log_prob(x, mean.float(), mean.float()))
+    single = mean.float()
+    for function, n in ((poisson_log_prob, 1), (nb_log_prob, 2), (zinb_log_prob, 3), (gaussian_log_prob, 1)):
+        torch.testing.assert_close(function(x, *[mean] * n), function(x, *[single] * n))
 
 
 def summed(mean: float, scale: float, theta: float | None) -> float:
@@ -197,10 +217,14 @@ def test_expected_log1p_against_the_sum_over_counts(theta: float | None, dtype: 
     scale = torch.tensor(EXPECTED_SCALES, dtype=dtype)[:, None]
     dispersion = None if theta is None else torch.full((len(means),), theta, dtype=dtype)
     together = expected_log1p(mean, scale, dispersion)
-    torch.testing.assert_close(together, expected, rtol=1e-6, atol=0)
+    rtol = 1e-6 if dtype == torch.float32 else 1e-7  # of rounding, of the rule itself
+    torch.testing.assert_close(together, expected, rtol=rtol, atol=0)
+    for j in range(len(means)):  # large scales beside small ones
+        column = expected_log1p(mean[:, j : j + 1], scale, None if dispersion is None else dispersion[j])
+        torch.testing.assert_close(column[:, 0], expected[:, j], rtol=rtol, atol=0)
     for i, j in np.ndindex(*expected.shape):  # alone, an entry is evaluated at other nodes
         alone = expected_log1p(mean[i : i + 1, j : j + 1], scale[i], None if dispersion is None else dispersion[j])
-        torch.testing.assert_close(alone[0, 0], expected[i, j], rtol=1e-6, atol=0)
+        torch.testing.assert_close(alone[0, 0], expected[i, j], rtol=rtol, atol=0)
 
 
 def test_expected_log1p_of_large_overdispersed_means_is_the_gamma_limit() -> None:
@@ -219,6 +243,18 @@ def test_expected_log1p_broadcasts_and_crosses_blocks() -> None:
     torch.testing.assert_close(expected_log1p(mean[260:], scale[260:], theta), result[260:], rtol=1e-6, atol=0)
     torch.testing.assert_close(expected_log1p(mean, scale.expand(300, 500), theta.expand(300, 500)), result)
     torch.testing.assert_close(expected_log1p(mean, torch.tensor(2.0)), expected_log1p(mean, torch.full((300, 1), 2.0)))
+
+
+@pytest.mark.parametrize("block", [1, 4, 6, 7, 1000])
+def test_expected_log1p_does_not_depend_on_how_many_rows_are_taken_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    mean, scale = torch.rand(5, 3, generator=generator) * 4, torch.rand(5, 1, generator=generator) * 3
+    theta, zero = torch.rand(5, 3, generator=generator) + 0.1, torch.rand(5, 1, generator=generator)
+    expected = torch.cat([expected_log1p(*(t[i : i + 1] for t in (mean, scale, theta, zero))) for i in range(5)])
+    monkeypatch.setattr(likelihoods, "_BLOCK", block)
+    torch.testing.assert_close(expected_log1p(mean, scale, theta, zero), expected, rtol=1e-6, atol=0)
 
 
 def test_expected_log1p_with_zero_inflation() -> None:
