@@ -328,9 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return 1
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        if cause := re.search(
-            r"file write failed.*?errno = (\d+)", str(error), re.DOTALL
-        ):  # in the middle of what HDF5 tells of its insides
+        # What HDF5 tells of its insides has the cause in the middle.
+        if cause := re.search(r"file write failed.*?errno = (\d+)", str(error), re.DOTALL):
             message = f"{os.strerror(int(cause[1]))}."
         print(f"spaformer-sc: {message}", file=sys.stderr)
         return 1
