@@ -238,7 +238,10 @@ def _open_store(path: Path) -> Iterator[Any]:
 
         # The store's summary of itself cannot be edited, only made again.
         yield zarr.open_group(str(path), mode="r+", use_consolidated=False)
-        zarr.consolidate_metadata(str(path))
+        with warnings.catch_warnings():
+            # Other programs may not read it in format 3, which anndata 0.13 writes, with the same summary.
+            warnings.filterwarnings("ignore", "Consolidated metadata is currently not part", UserWarning)
+            zarr.consolidate_metadata(str(path))
 
 
 def _copy_counts(adata: AnnData, store: Any) -> None:
