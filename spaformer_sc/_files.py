@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
@@ -32,8 +33,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         for file in [fresh] if fresh.is_file() else sorted(p for p in fresh.rglob("*") if p.is_file()):
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-        if target.is_dir():
-            # A folder cannot be replaced in one step: the old one steps aside, and comes back if the new one fails.
+        if not target.is_dir():
+            os.replace(fresh, target)
+        elif not _exchange(fresh, target):
+            # The old folder steps aside, and comes back if the new one fails.
             old = staging / "old"
             try:
                 os.replace(target, old)
@@ -42,10 +45,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 if old.exists() and not target.exists():
                     os.replace(old, target)
                 raise
-        else:
-            os.replace(fresh, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two files or folders change places in one step; False where system or file system cannot."""
+    try:
+        exchange = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    return bool(exchange(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from spaformer_sc import _files
 from spaformer_sc._keys import Keys
 from spaformer_sc._write import check_path, write_atomically, write_result
 from tests.conftest import contents, sha256
@@ -242,6 +243,7 @@ def test_a_failure_leaves_the_old_file(tissue, tmp_path, monkeypatch, name, plac
 
     if place == "when it takes its place":
         monkeypatch.setattr(os, "replace", fail_to_replace)
+        monkeypatch.setattr(_files, "_exchange", lambda *_: False)
     else:
         monkeypatch.setattr(ad.AnnData, method, fail)
     with pytest.raises(error, match="no space left"):
@@ -251,6 +253,24 @@ def test_a_failure_leaves_the_old_file(tissue, tmp_path, monkeypatch, name, plac
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
     monkeypatch.undo()
     assert read(path).n_obs == 180
+
+
+def test_a_folder_is_replaced_in_one_step(tissue, tmp_path, monkeypatch):
+    path = tmp_path / "out.zarr"
+    write_atomically(tissue, path)
+    if not _files._exchange(path / "obs", path / "var"):
+        pytest.skip("this system or file system cannot exchange two folders")
+    assert _files._exchange(path / "obs", path / "var")
+    replace = os.replace
+
+    def step_aside(source, target):
+        assert path not in (source, target), "the folder stepped aside"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", step_aside)
+    write_atomically(tissue[:50], path)
+    assert read(path).n_obs == 50
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.zarr"]
 
 
 def test_what_cannot_be_written_is_an_error_and_no_file(tissue, tmp_path):
