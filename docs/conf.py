@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_format = "short"
 autodoc_typehints_description_target = "documented_params"
+autodoc_type_aliases = {"ArrayLike": "ArrayLike"}
 napoleon_google_docstring = False
 napoleon_custom_sections = [("Attributes", "params_style")]
 napoleon_use_rtype = False
@@ -83,6 +85,13 @@ def _prose_returns(self: NumpyDocstring, section: str) -> list[str]:
 NumpyDocstring._parse_returns_section = _prose_returns
 
 
+def _short_types(app: Any, *_: Any) -> None:
+    """Write the types of arrays as they are in the code."""
+    for hints in app.env.current_document.autodoc_annotations.values():
+        for name, hint in hints.items():
+            hints[name] = re.sub(r"[~\w.]*ndarray\[.*?dtype\[[~\w.]*?(\w+)\]\]", r"NDArray[\1]", hint)
+
+
 def _within_the_pages(app: Any, name: str, source: list[str]) -> None:
     """Let links that hold in the repository hold in the pages, where some files have another place."""
     text = source[0].replace("](../benchmarks/README.md", "](benchmarks.md")
@@ -102,3 +111,4 @@ def setup(app: Any) -> None:
     for notebook in (ROOT / "tutorials").glob("*.ipynb"):
         shutil.copy2(notebook, HERE / "tutorials")
     app.connect("source-read", _within_the_pages)
+    app.connect("object-description-transform", _short_types, priority=400)
