@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv with this package and the versions it is tested with. Argument: an extra: examples, test or dev.
+# Make .venv with this package and the versions it is tested with. Argument: an extra: examples, test, dev or docs.
 # TORCH_INDEX: a package index for torch, such as https://download.pytorch.org/whl/cpu for the build without CUDA.
 set -euo pipefail
 cd "$(dirname "$0")/.."

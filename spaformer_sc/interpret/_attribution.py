@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Attribution:
-    """What moved the imputed value of one gene in one cell; see :func:`attribution`.
+    """What moved the imputed value of one gene in one cell; see :func:`~spaformer_sc.tl.attribution`.
 
     Attributes
     ----------
@@ -162,7 +162,8 @@ def attribution(
 
     Returns
     -------
-    An :class:`Attribution` for one cell; a list of them, in order, where ``cells`` holds several.
+    An :class:`~spaformer_sc.interpret.Attribution` for one cell; a list of them, in order, where ``cells`` holds
+    several.
 
     Raises
     ------
@@ -256,7 +257,7 @@ def cell_rows(adata: AnnData, cells: Any) -> list[int]:
     Raises
     ------
     KeyError, TypeError, ValueError
-        As :func:`attribution`.
+        As :func:`~spaformer_sc.tl.attribution`.
     """
     asked = list(cells) if hasattr(cells, "__iter__") else [cells]
     if not asked:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reach:
-    """Effective reach of a model; see :func:`reach`.
+    """Effective reach of a model; see :func:`~spaformer_sc.tl.reach`.
 
     Attributes
     ----------
@@ -98,7 +98,7 @@ def reach(
 
     Returns
     -------
-    A :class:`Reach`; distances are in the unit of the coordinates.
+    A :class:`~spaformer_sc.interpret.Reach`; distances are in the unit of the coordinates.
 
     Raises
     ------

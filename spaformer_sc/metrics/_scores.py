@@ -410,11 +410,11 @@ def rmse(truth: Matrix, prediction: Matrix, *, mask: NDArray[np.bool_] | None = 
     Parameters
     ----------
     truth
-        True values, cells × genes, dense or sparse, such as :attr:`EntrySplit.truth`.
+        True values, cells × genes, dense or sparse, such as ``EntrySplit.truth``.
     prediction
         Predicted values in the same scale, cells × genes, dense or sparse.
     mask
-        Entries to score, boolean, cells × genes, such as :attr:`EntrySplit.hidden`; all of them if None.
+        Entries to score, boolean, cells × genes, such as ``EntrySplit.hidden``; all of them if None.
     nonzero
         Score only entries whose truth is not zero.
 
@@ -444,11 +444,11 @@ def pearson(
     Parameters
     ----------
     truth
-        True values, cells × genes, dense or sparse, such as :attr:`EntrySplit.truth`.
+        True values, cells × genes, dense or sparse, such as ``EntrySplit.truth``.
     prediction
         Predicted values, cells × genes, dense or sparse.
     mask
-        Entries to score, boolean, cells × genes, such as :attr:`EntrySplit.hidden`; all of them if None.
+        Entries to score, boolean, cells × genes, such as ``EntrySplit.hidden``; all of them if None.
     nonzero
         Score only entries whose truth is not zero.
 
@@ -484,11 +484,11 @@ def cosine(truth: Matrix, prediction: Matrix, *, mask: NDArray[np.bool_] | None 
     Parameters
     ----------
     truth
-        True values, cells × genes, dense or sparse, such as :attr:`EntrySplit.truth`.
+        True values, cells × genes, dense or sparse, such as ``EntrySplit.truth``.
     prediction
         Predicted values, cells × genes, dense or sparse.
     mask
-        Entries to score, boolean, cells × genes, such as :attr:`EntrySplit.hidden`; all of them if None.
+        Entries to score, boolean, cells × genes, such as ``EntrySplit.hidden``; all of them if None.
     nonzero
         Score only entries whose truth is not zero.
 
