@@ -48,6 +48,18 @@ def test_derivatives_are_those_of_the_plain_formula_in_single_precision(argument
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_a_derivative_does_not_depend_on_which_others_are_wanted(arguments, number) -> None:
+    visible = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) < 0.6
+    weights = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    leaves = [tensor.clone().requires_grad_() for tensor in arguments]
+    (posterior_share(*leaves, visible) * weights).sum().backward()
+    alone = [tensor.clone().requires_grad_(at == number) for at, tensor in enumerate(arguments)]
+    (posterior_share(*alone, visible) * weights).sum().backward()
+    torch.testing.assert_close(alone[number].grad, leaves[number].grad)
+    assert leaves[number].grad.abs().max() > 0
+
+
 def test_shares_and_derivatives_stay_finite_at_extremes() -> None:
     logits = torch.tensor([[0.0, -200.0, 50.0], [0.0, 0.0, 0.0]], requires_grad=True)
     log_concentration = torch.tensor([[-9.0, 12.0, -9.0], [12.0, -9.0, 0.0]], requires_grad=True)

@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from spaformer_sc.data._graph import given_graph, n_components, spatial_graph, typical_distance
+from spaformer_sc.data._graph import _quiet, given_graph, n_components, spatial_graph, typical_distance
 
 METHODS = [{"method": "knn"}, {"method": "delaunay"}, {"method": "radius", "radius": 0.2}]
 
@@ -196,6 +196,27 @@ def test_delaunay_leaves_no_cell_out_that_shares_its_place(rng):
     graph = spatial_graph(np.concatenate([points, points[:5], points[:5]]), method="delaunay")
     assert (np.diff(graph.indptr) > 0).all()
     assert n_components(graph) == 1
+
+
+@pytest.mark.parametrize("arguments", [{"method": "radius", "radius": 0.5}, {"n_neighbors": 1}])
+def test_cells_in_one_place_are_neighbours(arguments):
+    points = np.array([[0.0, 0], [0, 0], [3, 0], [3, 0]])
+    expected = np.kron(np.eye(2), 1 - np.eye(2))
+    np.testing.assert_array_equal(spatial_graph(points, **arguments).toarray(), expected)
+
+
+def test_squidpy_may_still_warn():
+    squidpy_logger, heard = logging.getLogger("spatialdata._logging"), []
+    handler = logging.Handler()
+    handler.emit = heard.append
+    squidpy_logger.addHandler(handler)
+    try:
+        with _quiet():
+            for level in (logging.INFO, logging.WARNING):
+                squidpy_logger.log(level, "of a graph")
+    finally:
+        squidpy_logger.removeHandler(handler)
+    assert [record.levelno for record in heard] == [logging.WARNING]
 
 
 def test_squidpy_prints_nothing_and_is_left_as_it_was(rng, capfd):
