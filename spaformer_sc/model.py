@@ -190,7 +190,8 @@ class SpaFormer:
     gene_scores
         The same for each gene, a data frame (genes × scores).
     cell_scores
-        Scores on held-out counts of about 50 cells like each (cells of the fit × scores); empty in a loaded model.
+        Scores on held-out counts of about 50 cells (more in over 25,000) like each (cells of the fit × scores); empty in a
+        loaded model.
     fov_scores
         Scores of each field of view (FOVs × scores); empty in a loaded model.
     posterior
