@@ -239,7 +239,7 @@ def _open_store(path: Path) -> Iterator[Any]:
         # The store's summary of itself cannot be edited, only made again.
         yield zarr.open_group(str(path), mode="r+", use_consolidated=False)
         with warnings.catch_warnings():
-            # Other programs may not read it in format 3, which anndata 0.13 writes, with the same summary.
+            # The summary is no part of format 3, but anndata, which writes that from 0.13 on, makes it too.
             warnings.filterwarnings("ignore", "Consolidated metadata is currently not part", UserWarning)
             zarr.consolidate_metadata(str(path))
 
