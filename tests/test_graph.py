@@ -93,6 +93,14 @@ def test_delaunay_of_a_known_layout():
     np.testing.assert_array_equal(spatial_graph(points, method="delaunay").toarray(), expected)
 
 
+def test_an_edge_of_exactly_the_longest_length_is_kept():
+    left = np.array([[0, 0], [-1, 0], [-0.5, 0.25], [-0.5, -0.25], [-0.75, 0.5], [-0.75, -0.5], [-0.25, 0.125]])
+    for further, joined in ((0.0, 1), (2.0**-20, 0)):
+        points = np.concatenate([left, np.array([3 + further, 0]) - left])
+        assert np.sort(distances(points)[0])[6] == 1
+        assert spatial_graph(points, method="delaunay")[0, 7] == joined
+
+
 def test_delaunay_does_not_cross_a_gap(rng):
     patch = np.stack(np.meshgrid(np.arange(8.0), np.arange(8.0)), axis=-1).reshape(-1, 2)
     points = np.concatenate([patch, patch + np.array([20, 0])]) + rng.normal(scale=0.1, size=(128, 2))
@@ -181,6 +189,13 @@ def test_without_a_triangulation_nearest_neighbours_are_used(points, caplog):
 def test_a_single_simplex_needs_no_warning(rng, n, caplog):
     graph = spatial_graph(rng.random((n, 2)), method="delaunay")
     np.testing.assert_array_equal(graph.toarray(), 1 - np.eye(n))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("arguments", METHODS)
+def test_cells_in_a_plane_need_no_warning(rng, arguments, caplog):
+    spatial_graph(rng.random((30, 2)), **arguments)
+    spatial_graph(np.ones((9, 2)))
     assert caplog.text == ""
 
 
