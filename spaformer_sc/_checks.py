@@ -1270,7 +1270,8 @@ def check_imputed(names: Sequence[str], imputed: Sequence[str] | None) -> None:
     ValueError
         If some are not.
     """
-    left_out = [] if imputed is None else [name for name in names if name not in set(imputed)]
+    known = set(names if imputed is None else imputed)
+    left_out = [name for name in names if name not in known]
     if left_out:
         raise ValueError(f"`genes`: {', '.join(left_out)} were not imputed; `sf.tl.impute(genes=)` left them out.")
 

@@ -79,7 +79,7 @@ class Entries:
         self.posterior = Posterior.from_dict(_checks.check_posterior(key_added, record))
         imputed = genes_of(params)
         if genes is None:
-            genes = [name for name in adata.var_names if imputed is None or name in set(imputed)]
+            genes = adata.var_names if imputed is None else adata.var_names[adata.var_names.isin(imputed)]
         columns = _checks.check_genes(adata, genes)
         _checks.check_imputed(adata.var_names[columns], imputed)
         self._counts = _checks.counts_of_result(adata, params)[:, columns].tocsr()

@@ -280,6 +280,7 @@ def _terminated_in_order() -> Iterator[None]:
         return
 
     def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one is not to stop the clearing up
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, end)

@@ -190,8 +190,8 @@ class SpaFormer:
     gene_scores
         The same for each gene, a data frame (genes × scores).
     cell_scores
-        Scores on held-out counts of about 50 cells (more in over 25,000) like each (cells of the fit × scores); empty in a
-        loaded model.
+        Scores on held-out counts of about 50 cells (more in over 25,000) like each (cells of the fit × scores);
+        empty in a loaded model.
     fov_scores
         Scores of each field of view (FOVs × scores); empty in a loaded model.
     posterior
@@ -1344,8 +1344,8 @@ class SpaFormer:
             model.keys = DataKeys(**description["keys"])
             if not all(isinstance(key, str | None) for name, key in vars(model.keys).items() if name != "library_key"):
                 raise TypeError(f"its keys must be names, not {vars(model.keys)}")
-            model.target_sum = _checks.check_positive("target_sum", description["target_sum"])
-            model._model_sum = _checks.check_positive("model_sum", description["model_sum"])
+            model.target_sum = _checks.check_number("target_sum", description["target_sum"], *TARGET_SUMS)
+            model._model_sum = _checks.check_number("model_sum", description["model_sum"], *TARGET_SUMS)
             model.fractional = _checks.check_flag("fractional", description["fractional"])
             model._fovs = tuple(str(name) for name in description.get("fovs", []))
             model._forms = [str(form) for form in description["networks"]["form"]]

@@ -99,7 +99,7 @@ def train_abreast(
                 ranks=ranks,
             )
         except Diverged as error:
-            return error
+            return error.with_traceback(None)  # which holds the network, its optimiser and a batch
         if checkpoint is not None:
             checkpoint.save(f"network_{task.number}", {"weights": trained.state_dict(), "history": vars(history)})
             checkpoint.drop(f"training_{task.number}")

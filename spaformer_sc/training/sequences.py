@@ -481,6 +481,7 @@ class Sampler:
     @staticmethod
     def _cost(sequence: FieldCounts) -> int:
         """Bytes of a corrupted view: dense values, counts and target at the places of counts, masks where there are."""
-        counts = sequence.counts
-        n_cells, n_genes = counts.shape
-        return int(n_cells * n_genes) * (4 if sequence.missing is None else 11) + 12 * int(counts.nnz)
+        n_cells, n_genes = sequence.fov.n_cells, sequence.matrix.shape[1]
+        filled = np.diff(sequence.matrix.indptr)
+        n_counts = filled.sum() if sequence.rows is None else filled[sequence.rows].sum()
+        return int(n_cells * n_genes * (4 if sequence.missing is None else 11) + 12 * n_counts)
