@@ -119,6 +119,7 @@ def imputed(
             top = max(float(np.nanquantile(values, 0.995)), 1e-9) if np.isfinite(values).any() else 1.0
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PendingDeprecationWarning)  # of matplotlib, for squidpy
+                warnings.filterwarnings("ignore", "The method obs_vector", FutureWarning)  # of anndata, for squidpy
                 sq.pl.spatial_scatter(
                     shown, color=gene, layer=layer, shape=None, library_key="part", size=size, cmap=cmap,
                     vmin=0, vmax=top, title=title, ax=ax, fig=figure, frameon=False, colorbar=False,
