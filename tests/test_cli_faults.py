@@ -41,6 +41,14 @@ def write(adata, path):
         adata.write_h5ad(path) if path.suffix == ".h5ad" else adata.write_zarr(path)
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C arrives, in processes started here too; a job in the background may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def source(tissue, tmp_path):
     """A file to impute; `tmp_path` holds nothing else."""
@@ -185,9 +193,6 @@ def interrupting(monkeypatch, owner, name, act, call=1):
 def test_a_signal_when_the_output_takes_its_place(source, older, monkeypatch, capsys, form, how):
     out, before = older(form)
     handler = signal.getsignal(signal.SIGTERM)
-    if how == signal.SIGINT:
-        monkeypatch.setattr(signal, "default_int_handler", signal.default_int_handler)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     interrupting(monkeypatch, _files.os, "fsync", lambda: signal.raise_signal(how), call=4)
     code, said = SAID[how]
     assert run("impute", source, out, *QUICK, "--quiet") == code
