@@ -93,6 +93,14 @@ def test_delaunay_of_a_known_layout():
     np.testing.assert_array_equal(spatial_graph(points, method="delaunay").toarray(), expected)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_delaunay_of_four_cells_around_a_square_has_one_diagonal(seed):
+    points = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]]) + np.random.default_rng(seed).normal(scale=0.05, size=(4, 2))
+    graph = spatial_graph(points, method="delaunay")
+    assert graph.nnz == 2 * 5
+    np.testing.assert_array_equal(graph.toarray().astype(bool), delaunay_by_hand(points))
+
+
 def test_an_edge_of_exactly_the_longest_length_is_kept():
     left = np.array([[0, 0], [-1, 0], [-0.5, 0.25], [-0.5, -0.25], [-0.75, 0.5], [-0.75, -0.5], [-0.25, 0.125]])
     for further, joined in ((0.0, 1), (2.0**-20, 0)):
