@@ -26,6 +26,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
@@ -162,6 +163,7 @@ def path_of(module: str) -> Path:
     return ROOT / "spaformer_sc" / f"{module.replace('.', '/')}.py"
 
 
+@cache
 def mutants(module: str) -> list[tuple[str, Mutant]]:
     """All mutants of a module, with what was changed where."""
     tree = ast.parse(path_of(module).read_text())
