@@ -26,6 +26,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
@@ -101,7 +102,7 @@ def mutated(node: ast.AST, bound: frozenset[str] = frozenset()) -> Iterator[tupl
             for new in news:
                 before = ast.unparse(shown)
                 setattr(node, field, [*items[:at], new, *items[at + 1 :]] if isinstance(value, list) else new)
-                yield shown.lineno, before, ast.unparse(node if shown is node else new)  # type: ignore[attr-defined]
+                yield shown.lineno, before, ast.unparse(node if shown is node else new)
                 setattr(node, field, value)
             arguments = ast.walk(child.args) if isinstance(child, ast.FunctionDef) else ()
             yield from mutated(child, frozenset(a.arg for a in arguments if isinstance(a, ast.arg)) or bound)
@@ -147,7 +148,7 @@ class Mutant(SourceFileLoader):
                 resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
                 for stream in range(3):
                     os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-                sys.meta_path.insert(0, self)  # type: ignore[arg-type]
+                sys.meta_path.insert(0, self)
                 plainly = ["-x", "-q", "--tb=no", "--assert=plain", "-p", "no:cacheprovider"]
                 status = int(pytest.main([*plainly, "-k", self.chosen, *self.files]))
             os._exit(status)
@@ -162,6 +163,7 @@ def path_of(module: str) -> Path:
     return ROOT / "spaformer_sc" / f"{module.replace('.', '/')}.py"
 
 
+@cache
 def mutants(module: str) -> list[tuple[str, Mutant]]:
     """All mutants of a module, with what was changed where."""
     tree = ast.parse(path_of(module).read_text())

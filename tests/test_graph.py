@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from spaformer_sc.data._graph import _quiet, given_graph, n_components, spatial_graph, typical_distance
+from spaformer_sc.data._graph import _quiet, _symmetric, given_graph, n_components, spatial_graph, typical_distance
 
 METHODS = [{"method": "knn"}, {"method": "delaunay"}, {"method": "radius", "radius": 0.2}]
 
@@ -219,6 +219,14 @@ def test_delaunay_leaves_no_cell_out_that_shares_its_place(rng):
     graph = spatial_graph(np.concatenate([points, points[:5], points[:5]]), method="delaunay")
     assert (np.diff(graph.indptr) > 0).all()
     assert n_components(graph) == 1
+
+
+def test_a_directed_graph_with_loops_is_made_symmetric():
+    directed = np.array([[2.0, 0, 0.5, 0], [0, 0, 0, 0], [0, 3, 1, 0], [0, 0, 0, 1]])
+    expected = np.array([[0.0, 0, 1, 0], [0, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
+    graph = _symmetric(sparse.csr_matrix(directed))
+    np.testing.assert_array_equal(graph.toarray(), expected)
+    assert graph.nnz == 4
 
 
 @pytest.mark.parametrize("arguments", [{"method": "radius", "radius": 0.5}, {"n_neighbors": 1}])
