@@ -339,4 +339,5 @@ def test_mutated_models_are_refused_or_predict(saved, tmp_path, mutate):
         came[found] += 1
         shutil.rmtree(path)
     assert came["refused"] > N_MUTATIONS / 4
-    assert came["predicts"] > 0
+    if mutate is in_values:  # of altered bytes, those alone that are as they were are not refused
+        assert came["predicts"] > 0
