@@ -12,6 +12,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from spaformer_sc import _checks
+from spaformer_sc._data_objects import takes_tables
 from spaformer_sc._keys import Keys
 from spaformer_sc._result import genes_of, known_of
 from spaformer_sc.training.posterior import standard_deviation
@@ -20,14 +21,17 @@ from spaformer_sc.training.reliability import CLEARLY, LEAST_CORRELATION, LEVELS
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from spatialdata import SpatialData
 
 COLOURS = dict(zip(reversed(LEVELS), ("#2a7f62", "#d9a441", "#9a9a9a"), strict=True))
 
 
+@takes_tables
 def imputed(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     genes: str | Sequence[str],
     *,
+    table_key: str | None = None,
     key_added: str = "spaformer",
     fov: str | None = None,
     size: float | None = None,
@@ -46,6 +50,8 @@ def imputed(
         Result of :func:`spaformer_sc.tl.impute`; not changed.
     genes
         One name or several, a row of panels each.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     key_added
         Name of the result.
     fov
@@ -128,7 +134,10 @@ def imputed(
     return np.asarray(axes)
 
 
-def reliability(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = None) -> Axes:
+@takes_tables
+def reliability(
+    adata: AnnData | SpatialData, *, table_key: str | None = None, key_added: str = "spaformer", ax: Axes | None = None
+) -> Axes:
     """Draw what can be believed: each gene's gain over its own counts, and its estimated correlation with the truth.
 
     Colours are the verdicts (:func:`spaformer_sc.tl.impute`), lines what they ask for: the gain over the baseline in
@@ -138,6 +147,8 @@ def reliability(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
     ----------
     adata
         Result of :func:`spaformer_sc.tl.impute`; not changed.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     key_added
         Name of the result.
     ax
@@ -179,7 +190,10 @@ def reliability(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
     return ax
 
 
-def calibration(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = None) -> Axes:
+@takes_tables
+def calibration(
+    adata: AnnData | SpatialData, *, table_key: str | None = None, key_added: str = "spaformer", ax: Axes | None = None
+) -> Axes:
     """Draw by how much intervals cover held-out counts more or less often than they should.
 
     A line for each range of counts that are expected of an entry (at the held-out depth, a twentieth of the cell's).
@@ -192,6 +206,8 @@ def calibration(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
     ----------
     adata
         Result of :func:`spaformer_sc.tl.impute`; not changed.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     key_added
         Name of the result.
     ax
@@ -229,13 +245,18 @@ def calibration(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
     return ax
 
 
-def history(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = None) -> Axes:
+@takes_tables
+def history(
+    adata: AnnData | SpatialData, *, table_key: str | None = None, key_added: str = "spaformer", ax: Axes | None = None
+) -> Axes:
     """Draw the score on what was held out over the steps of training, a line for each network.
 
     Parameters
     ----------
     adata
         Result of :func:`spaformer_sc.tl.impute`; not changed.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     key_added
         Name of the result.
     ax
