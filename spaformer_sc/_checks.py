@@ -44,9 +44,8 @@ _SCANNED = 16_000_000
 _LARGEST_COUNT = 1e9
 #: Positions beyond this, in whatever unit, are placeholders; next to one, the others would all fall in one place.
 _LARGEST_POSITION = 1e15
-#: Share of the nearest neighbours that are of another image in the same place, from which images lie on top of each
-#: other: 0 where they adjoin, about 0.4 for two of them.
-_OVERLAID = 0.2
+#: From here on images lie on top of each other: 0 where they adjoin, 0.8 where each covers the others.
+_OVERLAID = 0.15
 #: How names of features begin that are no genes: controls of CosMx, Xenium and MERSCOPE.
 _CONTROLS = re.compile(
     r"neg(ative)?[-_ ]?(prb|probe|control|ctrl)|negative(?=\d)|system[-_ ]?control|false[-_ ]?code|blank[-_](?=\d)"
@@ -438,6 +437,44 @@ def check_table_key(data: Any, table_key: str | None) -> str | None:
             f"{_did_you_mean(table_key, tables)}"
         )
     return table_key
+
+
+def check_annotation(sdata: Any, key: str | None) -> tuple[pd.Series, pd.Series]:
+    """Find the elements of a SpatialData that a table annotates.
+
+    Parameters
+    ----------
+    sdata
+        The SpatialData.
+    key
+        The table; None where `check_table_key` found no SpatialData.
+
+    Returns
+    -------
+    Name of the element, and name of the instance in it, of each row of the table; both numbered from 0.
+
+    Raises
+    ------
+    KeyError
+        If an element is gone.
+    TypeError
+        If `sdata` is no SpatialData.
+    ValueError
+        If the table annotates nothing.
+    """
+    if key is None:
+        raise TypeError(f"`sdata` must be a SpatialData, not {type(sdata).__name__}.")
+    table = sdata.tables[key]
+    attrs = table.uns.get("spatialdata_attrs", {})
+    if not (attrs.get("region_key") in table.obs and attrs.get("instance_key") in table.obs):
+        raise ValueError(
+            f"the table {key!r} annotates no element; sdata.set_table_annotates_spatialelement says which it does."
+        )
+    regions = pd.Series(table.obs[attrs["region_key"]].astype(str).to_numpy())
+    gone = [region for region in regions.unique() if region not in sdata]
+    if gone:
+        raise KeyError(f"the table {key!r} annotates {_listing(gone)}, which the SpatialData does not hold.")
+    return regions, pd.Series(table.obs[attrs["instance_key"]].to_numpy())
 
 
 def _check_is_anndata(adata: Any) -> None:
@@ -1036,8 +1073,8 @@ def check_images_apart(
     """Check that images which are taken as one field of view do not lie on top of each other.
 
     They do where positions count from the corner of each image, as in what ``squidpy.read.nanostring`` and
-    ``spatialdata_io.cosmx`` put into ``obsm["spatial"]``. Judged by the share of nearest neighbours that are of another
-    image in a place that both cover (`spaformer_sc.data._overlap`).
+    ``spatialdata_io.cosmx`` put into ``obsm["spatial"]``. Judged by nearest neighbours that are of another image in a
+    place that both cover (`spaformer_sc.data._overlap`).
 
     Parameters
     ----------
@@ -1062,18 +1099,17 @@ def check_images_apart(
     ValueError
         If images lie on top of each other that are told apart by a column of fields of view.
     """
-    from spaformer_sc.data._labels import field_codes, fov_columns, slide_columns, suggested_library_key
+    from spaformer_sc.data._labels import as_frame, field_codes, fov_columns, slide_columns, suggested_library_key
     from spaformer_sc.data._overlap import Neighbours
 
     near = Neighbours(coordinates, codes)
     fovs = fov_columns(adata.obs)
     given = library or []
     for column in dict.fromkeys([*fovs, *slide_columns(adata.obs), *_columns_of_images(adata)]):
-        if column in given or adata.obs[column].isna().any():
+        if column in given or as_frame(adata.obs, [column])[column].isna().any():
             continue
         images, names = field_codes(adata.obs, column)
-        share = near.overlaid(images)
-        if share < _OVERLAID:
+        if near.overlaid(images) < _OVERLAID:
             continue
         suggested = suggested_library_key(adata.obs)
         columns = [*given, column] if library is not None or column not in suggested else suggested
@@ -1083,8 +1119,8 @@ def check_images_apart(
             advice += f", or spatial_key={others[0]!r}, where they lie beside each other"
         message = (
             f"`spatial_key={spatial_key!r}`: the {len(names)} images that `adata.obs[{column!r}]` tells apart lie on "
-            f"top of each other, as where positions start anew in each: {share:.0%} of the nearest neighbours are of "
-            f"another image in the same place. Cells of different images would be taken as neighbours. Pass {advice}."
+            "top of each other, as where positions start anew in each, and cells of different images would be taken as "
+            f"neighbours. Pass {advice}."
         )
         if column in fovs:
             raise ValueError(message)
@@ -1092,14 +1128,24 @@ def check_images_apart(
         return
 
 
+def lie_on_each_other(coordinates: npt.NDArray[np.float64], images: npt.NDArray[np.int64]) -> bool:
+    """Whether images, given as a number for each cell, would lie on top of each other in one picture."""
+    from spaformer_sc.data._overlap import Neighbours
+
+    return Neighbours(coordinates, np.zeros(len(images), np.int64)).overlaid(images) >= _OVERLAID
+
+
 def _columns_of_images(adata: AnnData) -> list[str]:
     """Columns that tell images apart by what squidpy or spatialdata recorded of them."""
+    from spaformer_sc.data._labels import as_frame
+
     attrs = adata.uns.get("spatialdata_attrs")
     found = [attrs["region_key"]] if isinstance(attrs, Mapping) and attrs.get("region_key") in adata.obs else []
     images = adata.uns.get("spatial")
     if isinstance(images, Mapping) and len(images) > 1:
-        labels = [column for column in adata.obs if isinstance(adata.obs[column].dtype, pd.CategoricalDtype)]
-        found += [column for column in labels if set(map(str, adata.obs[column].cat.categories)) == set(images)]
+        obs = as_frame(adata.obs)
+        discrete = [column for column in obs if isinstance(obs[column].dtype, pd.CategoricalDtype)]
+        found += [column for column in discrete if set(map(str, obs[column].cat.categories)) == set(images)]
     return found
 
 

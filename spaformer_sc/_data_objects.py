@@ -38,15 +38,21 @@ def takes_tables(function: Callable[P, T]) -> Callable[P, T]:
         result: Any = function(*bound.args, **bound.kwargs)
         if bound.arguments.get("copy"):
             result = _with_table(data, key, result)
-        elif result is None and data.is_backed():
-            logger.info(
-                "the table %r is changed in memory, not in the file: sdata.write_element(%r, overwrite=True) saves it",
-                key,
-                key,
-            )
+        elif result is None:  # what is returned by functions that write
+            say_how_to_save(data, key)
         return result  # type: ignore[no-any-return]
 
     return call
+
+
+def say_how_to_save(sdata: SpatialData, key: str) -> None:
+    """Log, of a SpatialData that belongs to a file, that a table was changed in memory only."""
+    if sdata.is_backed():
+        logger.info(
+            "the table %r is changed in memory, not in the file. To save it: sdata.delete_element_from_disk(%r), then "
+            "sdata.write_element(%r); or sdata.write to another place.",
+            *[key] * 3,
+        )
 
 
 def _with_table(sdata: SpatialData, key: str, table: AnnData) -> SpatialData:

@@ -45,11 +45,13 @@ class Neighbours:
         return first[same], second[same]
 
     def overlaid(self, images: npt.NDArray[Any]) -> float:
-        """Share of the neighbours that are of another image, in a place that both images cover.
+        """How much the images of a field lie on top of each other.
 
-        An image covers its middle, the box between the 5 % and the 95 % quantile of its cells on each axis; a pair of
-        neighbours counts where each lies in the middle of the other's image. That is 0 where images adjoin, however
-        few cells they have, and about 0.8 (1 - 1/k) where k of them lie on top of each other.
+        The share of the neighbours that are of another image, in a place that both images cover, of what it would be if
+        neighbours were drawn at random from the field. An image covers its middle, the box between the 5 % and the 95 %
+        quantile of its cells on each axis; a pair of neighbours counts where each lies in the middle of the other's
+        image. So it is 0 where images adjoin, however few cells they have, and about 0.8 where they lie on top of each
+        other in a plane.
 
         Parameters
         ----------
@@ -68,5 +70,8 @@ class Neighbours:
             places, image = self._coordinates[cells], number[others]
             return np.asarray(((places >= low[image]) & (places <= high[image])).all(axis=1))
 
-        apart = (number[first] != number[second]) & covers(first, second) & covers(second, first)
-        return float(apart.mean()) if len(apart) else 0.0
+        mixed = (number[first] != number[second]) & covers(first, second) & covers(second, first)
+        first_of = np.unique(number, return_index=True)[1]
+        same = np.bincount(number) / np.bincount(self.codes)[self.codes[first_of]]
+        at_random = 1 - same[number].mean()
+        return float(mixed.mean() / at_random) if len(mixed) else 0.0

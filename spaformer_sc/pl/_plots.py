@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from spaformer_sc import _checks
 from spaformer_sc._data_objects import takes_tables
 from spaformer_sc._keys import Keys
+from spaformer_sc._logging import logger
 from spaformer_sc._result import genes_of, known_of
 from spaformer_sc.training.posterior import standard_deviation
 from spaformer_sc.training.reliability import CLEARLY, LEAST_CORRELATION, LEVELS, SURELY
@@ -33,6 +34,7 @@ def imputed(
     *,
     table_key: str | None = None,
     key_added: str = "spaformer",
+    spatial_key: str | None = None,
     fov: str | None = None,
     size: float | None = None,
     cmap: str = "viridis",
@@ -54,6 +56,9 @@ def imputed(
         Of a SpatialData, the table; may be left out where there is only one.
     key_added
         Name of the result.
+    spatial_key
+        Positions to draw at; those of the result by default. Where they start anew in each field of view, name global
+        ones here (``"spatial_fov"``, ``"global"`` for CosMx), or draw one ``fov``.
     fov
         Draw this field of view only, by its name in ``adata.obs``; all cells by default.
     size
@@ -93,6 +98,9 @@ def imputed(
     names = list(adata.var_names[columns])
     _checks.check_imputed(names, genes_of(params))
     cells = _cells_of(adata, params, fov)
+    places = _checks.check_coordinates(adata, params["spatial_key"] if spatial_key is None else spatial_key)
+    if fov is None and params["library_key"] is not None:
+        _say_if_overlaid(adata, places, params["library_key"])
     counts = _checks.counts_of_result(adata, params)
     observed = _scaled(counts, cells, columns, params["output"], float(params["target_sum"]))
     prediction = np.asarray(adata.layers[keys.layer][:, columns])[cells]
@@ -108,7 +116,7 @@ def imputed(
         shown.layers["uncertainty"] = sd[cells]
         panels.append(("uncertainty", sd[cells]))
     shown.obs["part"] = pd.Categorical(["all"] * len(cells))  # squidpy warns where it is not told of one
-    shown.obsm["spatial"] = np.asarray(adata.obsm[params["spatial_key"]])[cells][:, :2]
+    shown.obsm["spatial"] = places[cells][:, :2]
     size = float(np.clip(60000 / len(cells), 2, 60)) if size is None else size
     shape = len(names), len(panels)
     figure, axes = plt.subplots(*shape, figsize=(4.5 * shape[1], 3.8 * shape[0]), squeeze=False, layout="constrained")
@@ -314,6 +322,18 @@ def _cells_of(adata: AnnData, params: dict[str, Any], fov: str | None) -> NDArra
     if str(fov) not in names:
         raise KeyError(f"`fov={fov!r}` is none of the fields of view: {', '.join(names[:10])}.")
     return np.flatnonzero(codes == names.index(str(fov)))
+
+
+def _say_if_overlaid(adata: AnnData, places: NDArray[np.float64], library_key: Any) -> None:
+    """Log that fields of view are drawn on top of each other."""
+    from spaformer_sc.data._labels import field_codes
+
+    codes, _ = field_codes(adata.obs, library_key if isinstance(library_key, str) else list(library_key))
+    if _checks.lie_on_each_other(places, codes):
+        logger.warning(
+            "fields of view are drawn on top of each other, since positions start anew in each: pass `fov=` to draw "
+            "one, or `spatial_key=` with global positions."
+        )
 
 
 def _scaled(

@@ -103,8 +103,9 @@ def impute(
         Raw counts (cells × genes) and the cells' coordinates: an AnnData, or a SpatialData with one in a table.
     table_key
         Of a SpatialData, the table to work on, in place; may be left out where there is only one. The other elements
-        are not read. Where the object belongs to a file, the table is changed in memory:
-        ``sdata.write_element("table", overwrite=True)`` saves it.
+        are not read. Where the object belongs to a file, the table is changed in memory only, and saved by
+        ``sdata.delete_element_from_disk("table")`` and ``sdata.write_element("table")``, or ``sdata.write`` to another
+        place.
     library_key
         Column of ``adata.obs`` that names the FOV of each cell, or a list of columns, such as ``["slide", "fov"]``,
         whose combination does. None takes the slide as one image, cut into overlapping tiles where it is large.
