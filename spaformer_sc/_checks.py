@@ -414,8 +414,8 @@ def check_table_key(data: Any, table_key: str | None) -> str | None:
     if not is_spatialdata(data):
         if table_key is not None:
             raise ValueError(
-                f"`table_key={table_key!r}` names a table of a SpatialData, but `adata` is a {type(data).__name__}; "
-                "leave it out."
+                f"`table_key={table_key!r}` names a table of a SpatialData, but `adata` is of type "
+                f"{type(data).__name__}; leave it out."
             )
         return None
     tables = list(data.tables)

@@ -13,8 +13,7 @@ from scipy import sparse
 
 import spaformer_sc as sf
 
-#: The readers' own warnings, of anndata, dask, ome-zarr and others, are not what is tested here.
-pytestmark = pytest.mark.filterwarnings("ignore")
+from .conftest import untouched
 
 
 def package(name):
@@ -28,6 +27,13 @@ def package(name):
 def cells():
     """Three FOVs of 60 cells, 30 genes; their positions adjoin."""
     return sf.datasets.simulated_tissue(n_fovs=3, n_cells=60, n_genes=30)
+
+
+def quietly(function, *args, **kwargs):
+    """Call a reader without the warnings of its own and of what it calls."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*args, **kwargs)
 
 
 def impute(data, **choices):
@@ -149,11 +155,151 @@ def xenium(cells, tmp_path_factory):
     store = zarr.storage.ZipStore(path / "cells.zarr.zip", mode="w")
     root = zarr.create_group(store, zarr_format=2)
     root.create_array("cell_id", data=raw)
-    summary = root.create_array("cell_summary", data=np.zeros((n, 2)))
-    summary.attrs["column_names"] = ["z_level", "nucleus_count"]
+    names = {"column_names": ["z_level", "nucleus_count"]}
+    root.create_array("cell_summary", data=np.zeros((n, 2)), attributes=names)
     shape = tuple(int(2 * side) + 10 for side in xy.max(axis=0)[::-1])
     for mask in "01":
         root.create_array(f"masks/{mask}", data=circles(2 * xy, shape, radius=4).astype(np.uint32))
         root.create_array(f"polygon_sets/{mask}/cell_index", data=np.arange(n, dtype=np.uint32))
     store.close()
     return path
+
+
+# --- squidpy, scanpy --------------------------------------------------------------------------------------------------
+
+
+def nanostring(path):
+    files = {"counts_file": "lung_exprMat_file.csv", "meta_file": "lung_metadata_file.csv"}
+    return quietly(package("squidpy").read.nanostring, path, fov_file="lung_fov_positions_file.csv", **files)
+
+
+def test_nanostring_has_local_positions_and_needs_the_fov(cosmx, cells, no_training):
+    adata = nanostring(cosmx)
+    np.testing.assert_allclose(adata.obsm["spatial_fov"], cells.obsm["spatial"])
+    assert adata.obsm["spatial"].max() < cells.obsm["spatial"].max() / 1.5
+    wanted = r"`spatial_key='spatial'`: the 3 images .*'fov'.* lie on top of each other.* Pass library_key='fov', or "
+    for ask in (
+        lambda: impute(adata),
+        lambda: sf.pp.tile(adata),
+        lambda: sf.pp.positional_encoding(adata, "linear"),
+        lambda: sf.SpaFormer(progress=False).fit(adata),
+    ):
+        with (
+            untouched(adata),
+            pytest.warns(UserWarning, match="Pass library_key='fov' if so"),
+            pytest.raises(ValueError, match=wanted + "spatial_key='spatial_fov', where they lie beside each other"),
+        ):
+            ask()
+
+
+def test_nanostring_local_and_global_positions_give_the_same_result(cosmx, caplog):
+    results = [nanostring(cosmx) for _ in range(2)]
+    for adata, key in zip(results, ("spatial", "spatial_fov"), strict=True):
+        impute(adata, library_key="fov", spatial_key=key)
+    local, world = results
+    np.testing.assert_allclose(local.layers["spaformer"], world.layers["spaformer"], rtol=1e-4, atol=1e-5)
+    assert local.uns["spaformer"]["params"]["graph_summary"]["n_fovs"] == 3
+    # Controls are named, and stay.
+    assert "3 of 33 features are no genes by their name or type: NegPrb3, NegPrb5, SystemControl1" in caplog.text
+    assert "adata[:, ~adata.var_names.str.startswith(('NegPrb', 'SystemControl'))].copy()" in caplog.text
+    assert np.isfinite(local.layers["spaformer"]).all()
+    caplog.clear()
+    genes = local[:, ~local.var_names.str.startswith(("NegPrb", "SystemControl"))].copy()
+    sf.SpaFormer(library_key="fov", quality="fast", max_epochs=1, progress=False).fit(genes)
+    assert "no genes" not in caplog.text
+
+
+def test_nanostring_without_fovs_at_global_positions(cosmx):
+    adata = nanostring(cosmx)
+    with pytest.warns(UserWarning, match="look as if there were several: fov"):
+        impute(adata, spatial_key="spatial_fov")
+    assert adata.uns["spaformer"]["params"]["graph_summary"]["n_fovs"] == 1
+
+
+def test_picture_of_a_result_at_local_positions(cosmx, caplog):
+    plt = package("matplotlib").pyplot
+    adata = nanostring(cosmx)
+    impute(adata, library_key="fov")
+    drawn = "drawn on top of each other"
+    for choices, expected in (({}, True), ({"fov": "2"}, False), ({"spatial_key": "spatial_fov"}, False)):
+        caplog.clear()
+        axes = sf.pl.imputed(adata, adata.var_names[0], **choices)
+        assert (drawn in caplog.text) == expected
+        places = np.asarray(axes[0, 0].collections[0].get_offsets())
+        plt.close("all")
+    np.testing.assert_allclose(places, adata.obsm["spatial_fov"])
+
+
+def test_vizgen_is_one_tissue(merscope, cells, caplog):
+    read = package("squidpy").read.vizgen
+    adata = quietly(read, merscope, counts_file="cell_by_gene.csv", meta_file="cell_metadata.csv")
+    assert list(adata.obsm["blank_genes"]) == ["Blank-1", "Blank-2"]
+    with pytest.warns(UserWarning, match="look as if there were several: fov"):
+        impute(adata)
+    np.testing.assert_allclose(adata.obsm["spatial"], cells.obsm["spatial"])
+    assert adata.layers["spaformer"].shape == cells.shape
+    assert adata.uns["spaformer"]["params"]["graph_summary"]["n_fovs"] == 1
+    assert "no genes" not in caplog.text
+
+
+@pytest.mark.parametrize("gex_only", [True, False])
+def test_xenium_of_scanpy(xenium, cells, caplog, gex_only):
+    adata = quietly(package("scanpy").read_10x_h5, xenium / "cell_feature_matrix.h5", gex_only=gex_only)
+    places = pd.read_parquet(xenium / "cells.parquet").set_index("cell_id").loc[adata.obs_names]
+    adata.obsm["spatial"] = places[["x_centroid", "y_centroid"]].to_numpy()
+    impute(adata)
+    assert adata.layers["spaformer"].shape == (cells.n_obs, cells.n_vars + (0 if gex_only else 2))
+    assert ("adata[:, adata.var['feature_types'] == 'Gene Expression'].copy()" in caplog.text) != gex_only
+
+
+# --- spatialdata-io ---------------------------------------------------------------------------------------------------
+
+
+def of_spatialdata_io(platform, path):
+    read = getattr(package("spatialdata_io"), platform)
+    choices = {
+        "cosmx": {"transcripts": False},
+        "merscope": {"transcripts": False, "mosaic_images": False},
+        "xenium": dict.fromkeys(
+            ("transcripts", "morphology_mip", "morphology_focus", "aligned_images", "nucleus_boundaries"), False
+        ),
+    }
+    return quietly(read, path, **choices[platform])
+
+
+@pytest.mark.parametrize("platform", ["cosmx", "merscope", "xenium"])
+def test_spatialdata_io(platform, cells, request):
+    path = request.getfixturevalue(platform)
+    sdata = of_spatialdata_io(platform, path)
+    table = sdata.tables["table"]
+    places = table.obsm["global" if platform == "cosmx" else "spatial"]
+    np.testing.assert_allclose(places, cells.obsm["spatial"])
+    alone = table.copy()
+    elements = {name: element for _, name, element in sdata.gen_elements()}
+    choices = {"library_key": "fov" if platform == "cosmx" else None}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`library_key` is None")  # of the camera positions of MERSCOPE
+        impute(sdata, table_key="table", **choices)
+        impute(alone, **choices)
+    assert sdata.tables["table"] is table
+    assert all(element is elements[name] for _, name, element in sdata.gen_elements())
+    np.testing.assert_array_equal(table.layers["spaformer"], alone.layers["spaformer"])
+    np.testing.assert_array_equal(sf.tl.interval(sdata).upper, sf.tl.interval(alone).upper)
+
+
+def test_cosmx_of_spatialdata_io_needs_the_fov(cosmx, no_training):
+    sdata = of_spatialdata_io("cosmx", cosmx)
+    wanted = "Pass library_key='fov', or spatial_key='global', where they lie beside each other"
+    with pytest.warns(UserWarning, match="library_key"), pytest.raises(ValueError, match=wanted):
+        impute(sdata)
+
+
+@pytest.mark.parametrize(
+    ("platform", "scale", "shift", "error"),
+    [("merscope", 2, (30, 40), 1e-6), ("xenium", 2, (0, 0), 2), ("cosmx", 1, (0, 0), 0.5)],
+)
+def test_centroids_of_what_spatialdata_io_reads(platform, scale, shift, error, cells, request):
+    sdata = of_spatialdata_io(platform, request.getfixturevalue(platform))
+    sf.pp.centroids(sdata, key_added="pixels")
+    found = sdata.tables["table"].obsm["pixels"]
+    np.testing.assert_allclose(found, scale * cells.obsm["spatial"] + shift, atol=error)
