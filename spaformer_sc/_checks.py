@@ -52,6 +52,8 @@ _CONTROLS = re.compile(
     r"|(unassigned|deprecated)[-_ ]?code|antisense_|intergenic_",
     re.IGNORECASE,
 )
+#: Message where a table is named of what has none, with the name and what was found.
+NO_TABLES = "`table_key={!r}` names a table of a SpatialData, but `adata` is {}; leave it out."
 #: Larger weights of a graph cannot be added up in float32.
 _LARGEST_WEIGHT = 1e30
 
@@ -413,12 +415,13 @@ def check_table_key(data: Any, table_key: str | None) -> str | None:
     """
     if not is_spatialdata(data):
         if table_key is not None:
-            raise ValueError(
-                f"`table_key={table_key!r}` names a table of a SpatialData, but `adata` is of type "
-                f"{type(data).__name__}; leave it out."
-            )
+            raise ValueError(NO_TABLES.format(table_key, f"of type {type(data).__name__}"))
         return None
-    tables = list(data.tables)
+    return choose_table(list(data.tables), table_key)
+
+
+def choose_table(tables: list[str], table_key: str | None) -> str:
+    """Choose one of the tables of a SpatialData; errors as of `check_table_key`."""
     if not tables:
         raise ValueError(
             "`adata` is a SpatialData without tables, so no counts; sdata.aggregate makes them of transcripts."

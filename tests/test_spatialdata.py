@@ -6,13 +6,15 @@ import subprocess
 import sys
 import warnings
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 
 import spaformer_sc as sf
+from spaformer_sc.cli import main
 
-from .conftest import contents, untouched
+from .conftest import contents, sha256, untouched
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -167,6 +169,29 @@ def test_a_file_is_not_changed_and_the_log_says_how_to(sdata, tmp_path, caplog):
     impute(read, copy=True, key_added="other")
     sf.tl.interval(read)
     assert "To save it" not in caplog.text
+
+
+def test_the_command_line_takes_the_table_of_a_store(two, tmp_path, capsys):
+    quietly(two.write, tmp_path / "two.zarr")
+    before = sha256(tmp_path / "two.zarr")
+    options = ["--library-key", "fov", "--quality", "fast", "--max-epochs", "2", "--quiet"]
+
+    def run(*arguments):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Writing zarr v2 data", UserWarning)
+            return main(["impute", str(tmp_path / "two.zarr"), str(tmp_path / "out.h5ad"), *options, *arguments])
+
+    assert run() != 0
+    assert "2 tables: nuclei, table. Name the one with the counts" in capsys.readouterr().err
+    assert run("--table-key", "nucleus") != 0
+    assert "Did you mean 'nuclei'?" in capsys.readouterr().err
+    assert run("--table-key", "table") == 0
+    assert sha256(tmp_path / "two.zarr") == before
+    impute(two, table_key="table")
+    written, wanted = ad.read_h5ad(tmp_path / "out.h5ad"), two.tables["table"]
+    np.testing.assert_allclose(written.layers["spaformer"], wanted.layers["spaformer"], rtol=1e-4, atol=1e-6)
+    assert main(["impute", str(tmp_path / "out.h5ad"), str(tmp_path / "b.h5ad"), "--table-key", "table"]) != 0
+    assert "`adata` is an AnnData; leave it out" in capsys.readouterr().err
 
 
 # --- centroids --------------------------------------------------------------------------------------------------------
