@@ -1143,7 +1143,7 @@ def _columns_of_images(adata: AnnData) -> list[str]:
     from spaformer_sc.data._labels import as_frame
 
     attrs = adata.uns.get("spatialdata_attrs")
-    found = [attrs["region_key"]] if isinstance(attrs, Mapping) and attrs.get("region_key") in adata.obs else []
+    found = [attrs["region_key"]] if isinstance(attrs, Mapping) and attrs.get("region_key") in adata.obs.columns else []
     images = adata.uns.get("spatial")
     if isinstance(images, Mapping) and len(images) > 1:
         obs = as_frame(adata.obs)

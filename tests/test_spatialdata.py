@@ -171,6 +171,12 @@ def test_a_file_is_not_changed_and_the_log_says_how_to(sdata, tmp_path, caplog):
     assert "To save it" not in caplog.text
 
 
+def test_output_path_takes_the_table(sdata, tmp_path):
+    impute(sdata, output_path=tmp_path / "table.h5ad")
+    written, table = ad.read_h5ad(tmp_path / "table.h5ad"), sdata.tables["table"]
+    np.testing.assert_array_equal(written.layers["spaformer"], table.layers["spaformer"])
+
+
 def test_the_command_line_takes_the_table_of_a_store(two, tmp_path, capsys):
     quietly(two.write, tmp_path / "two.zarr")
     before = sha256(tmp_path / "two.zarr")

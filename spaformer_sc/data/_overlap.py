@@ -58,10 +58,11 @@ class Neighbours:
         images
             The image of each cell (cells,), as a number.
         """
-        if not (pd.DataFrame({"field": self.codes, "image": images}).groupby("field")["image"].nunique() > 1).any():
+        _, image = np.unique(images, return_inverse=True)
+        # Parts of images, each in one field.
+        _, first_of, number = np.unique(self.codes * (image.max() + 1) + image, return_index=True, return_inverse=True)
+        if len(first_of) == len(np.unique(self.codes)):
             return 0.0
-        _, number = np.unique(np.stack([self.codes, images]), axis=1, return_inverse=True)
-        number = number.ravel()
         by_image = pd.DataFrame(self._coordinates).groupby(number)
         low, high = (by_image.quantile(share).to_numpy() for share in (_MARGIN, 1 - _MARGIN))
         first, second = self._pairs
@@ -71,7 +72,6 @@ class Neighbours:
             return np.asarray(((places >= low[image]) & (places <= high[image])).all(axis=1))
 
         mixed = (number[first] != number[second]) & covers(first, second) & covers(second, first)
-        first_of = np.unique(number, return_index=True)[1]
         same = np.bincount(number) / np.bincount(self.codes)[self.codes[first_of]]
         at_random = 1 - same[number].mean()
         return float(mixed.mean() / at_random) if len(mixed) else 0.0
