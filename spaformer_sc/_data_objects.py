@@ -29,7 +29,10 @@ def takes_tables(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # which is refused in Python's own words
         data = bound.arguments["adata"]
         key = check_table_key(data, bound.arguments.get("table_key"))
         if key is None:

@@ -34,9 +34,9 @@ Fill in missing gene expression in cell-resolution spatial transcriptomics (CosM
 
 IMPUTE = """\
 Read an AnnData with raw counts and coordinates, impute it, and write it with the results added. Of a SpatialData
-(.zarr) the table is read, and written as an AnnData. The input file is not changed; the output appears whole or not at all.
-Counts are read, and results written, field of view by field of view (with --layer, all at once). What an unfinished run
-has done stays in OUT.partial, from where --resume goes on.
+(.zarr) the table is read, and written as an AnnData. The input file is not changed; the output appears whole or not at
+all. Counts are read, and results written, field of view by field of view (with --layer, all at once). What an
+unfinished run has done stays in OUT.partial, from where --resume goes on.
 
 Added: layers["spaformer"] (imputed expression), obsm["X_spaformer"] (latent space), var["spaformer_*"] and
 obs["spaformer_*"] (held-out scores of genes and cells), uns["spaformer"] (parameters, training history, other scores).
