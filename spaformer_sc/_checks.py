@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import inspect
 import numbers
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +44,16 @@ _SCANNED = 16_000_000
 _LARGEST_COUNT = 1e9
 #: Positions beyond this, in whatever unit, are placeholders; next to one, the others would all fall in one place.
 _LARGEST_POSITION = 1e15
+#: From here on images lie on top of each other: 0 where they adjoin, 0.8 where each covers the others.
+_OVERLAID = 0.15
+#: How names of features begin that are no genes: controls of CosMx, Xenium and MERSCOPE.
+_CONTROLS = re.compile(
+    r"neg(ative)?[-_ ]?(prb|probe|control|ctrl)|negative(?=\d)|system[-_ ]?control|false[-_ ]?code|blank[-_](?=\d)"
+    r"|(unassigned|deprecated)[-_ ]?code|antisense_|intergenic_",
+    re.IGNORECASE,
+)
+#: Message where a table is named of what has none, with the name and what was found.
+NO_TABLES = "`table_key={!r}` names a table of a SpatialData, but `adata` is {}; leave it out."
 #: Larger weights of a graph cannot be added up in float32.
 _LARGEST_WEIGHT = 1e30
 
@@ -369,6 +380,104 @@ def check_adata(adata: Any) -> None:
             len(twice),
             _listing(twice, 5),
         )
+
+
+def is_spatialdata(data: Any) -> bool:
+    """Whether this is a SpatialData, without an import of spatialdata."""
+    names = [(kind.__module__.partition(".")[0], kind.__name__) for kind in type(data).__mro__]
+    return ("spatialdata", "SpatialData") in names
+
+
+def check_table_key(data: Any, table_key: str | None) -> str | None:
+    """Find the table to work on.
+
+    Parameters
+    ----------
+    data
+        What was passed as `adata`: an AnnData, or a SpatialData.
+    table_key
+        Name of a table of a SpatialData; None for its only one.
+
+    Returns
+    -------
+    str, or None
+        The name of the table; None if `data` is no SpatialData.
+
+    Raises
+    ------
+    KeyError
+        If there is no such table.
+    TypeError
+        If `table_key` is not a name.
+    ValueError
+        If a table is named though `data` is no SpatialData, if there is no table, or if there are several and none is
+        named.
+    """
+    if not is_spatialdata(data):
+        if table_key is not None:
+            raise ValueError(NO_TABLES.format(table_key, f"of type {type(data).__name__}"))
+        return None
+    return choose_table(list(data.tables), table_key)
+
+
+def choose_table(tables: list[str], table_key: str | None) -> str:
+    """Choose one of the tables of a SpatialData; errors as of `check_table_key`."""
+    if not tables:
+        raise ValueError(
+            "`adata` is a SpatialData without tables, so no counts; sdata.aggregate makes them of transcripts."
+        )
+    if table_key is None:
+        if len(tables) > 1:
+            raise ValueError(
+                f"`adata` is a SpatialData of {len(tables)} tables: {_listing(tables)}. Name the one with the counts: "
+                f"table_key={tables[0]!r}."
+            )
+        return str(tables[0])
+    check_name("table_key", table_key)
+    if table_key not in tables:
+        raise KeyError(
+            f"`table_key={table_key!r}` is not in `sdata.tables`; there are: {_listing(tables)}."
+            f"{_did_you_mean(table_key, tables)}"
+        )
+    return table_key
+
+
+def check_annotation(sdata: Any, key: str | None) -> tuple[pd.Series, pd.Series]:
+    """Find the elements of a SpatialData that a table annotates.
+
+    Parameters
+    ----------
+    sdata
+        The SpatialData.
+    key
+        The table; None where `check_table_key` found no SpatialData.
+
+    Returns
+    -------
+    Name of the element, and name of the instance in it, of each row of the table; both numbered from 0.
+
+    Raises
+    ------
+    KeyError
+        If an element is gone.
+    TypeError
+        If `sdata` is no SpatialData.
+    ValueError
+        If the table annotates nothing.
+    """
+    if key is None:
+        raise TypeError(f"`sdata` must be a SpatialData, not {type(sdata).__name__}.")
+    table = sdata.tables[key]
+    attrs = table.uns.get("spatialdata_attrs", {})
+    if not (attrs.get("region_key") in table.obs and attrs.get("instance_key") in table.obs):
+        raise ValueError(
+            f"the table {key!r} annotates no element; sdata.set_table_annotates_spatialelement says which it does."
+        )
+    regions = pd.Series(table.obs[attrs["region_key"]].astype(str).to_numpy())
+    gone = [region for region in regions.unique() if region not in sdata]
+    if gone:
+        raise KeyError(f"the table {key!r} annotates {_listing(gone)}, which the SpatialData does not hold.")
+    return regions, pd.Series(table.obs[attrs["instance_key"]].to_numpy())
 
 
 def _check_is_anndata(adata: Any) -> None:
@@ -720,6 +829,28 @@ def describe_empty(counts: Counts) -> None:
         logger.warning("%d of %d genes have no counts: they stay near zero.", genes, counts.shape[1])
 
 
+def describe_controls(adata: AnnData) -> None:
+    """Log which features are no genes, by their name or type; they are taken as genes."""
+    found = {name: _CONTROLS.match(name) for name in adata.var_names}
+    begin = {name: match.group() for name, match in found.items() if match}
+    chosen = f"~adata.var_names.str.startswith({tuple(sorted(set(begin.values())))!r})"
+    controls = list(begin)
+    if "feature_types" in adata.var:  # as scanpy reads files of 10x Genomics
+        genes = (adata.var["feature_types"].astype(str) == "Gene Expression").to_numpy()
+        if genes.any() and not genes.all():
+            chosen, controls = "adata.var['feature_types'] == 'Gene Expression'", list(adata.var_names[~genes])
+    if controls:
+        logger.warning(
+            "%d of %d features are no genes by their name or type: %s. They are taken as genes, and count towards "
+            "library sizes. To leave them out: adata = adata[:, %s].copy(). `genes=` leaves them out of the result "
+            "only.",
+            len(controls),
+            adata.n_vars,
+            _listing(controls, 5),
+            chosen,
+        )
+
+
 def check_layer_of_missing(adata: AnnData, missing: str | None) -> npt.NDArray[np.bool_] | None:
     """Read the layer that marks the entries that were not measured.
 
@@ -873,7 +1004,12 @@ def check_coordinates(
             f"`spatial_key={spatial_key!r}` is not in `adata.obsm`; there are: {_listing(adata.obsm)}. "
             "Positions of cells are needed there, as an array of cells × 2; from columns of `adata.obs`: "
             "adata.obsm['spatial'] = adata.obs[['x', 'y']].to_numpy()."
-            f"{_did_you_mean(str(spatial_key), adata.obsm)}"
+            + (
+                " From the elements of a SpatialData: sf.pp.centroids(sdata)."
+                if "spatialdata_attrs" in adata.uns
+                else ""
+            )
+            + f"{_did_you_mean(str(spatial_key), adata.obsm)}"
         )
     name = f"adata.obsm[{spatial_key!r}]"
     found = adata.obsm[spatial_key]
@@ -928,6 +1064,104 @@ def _report_cells_in_one_place(name: str, coordinates: npt.NDArray[np.float64], 
     if flat:
         what = "all cells are" if len(extent) == 1 else f"in {flat} of {len(extent)} fields of view all cells are"
         logger.warning("`%s`: %s in one and the same place, so their neighbours mean nothing.", name, what)
+
+
+def check_images_apart(
+    adata: AnnData,
+    spatial_key: str,
+    coordinates: npt.NDArray[np.float64],
+    codes: npt.NDArray[np.int64],
+    library: list[str] | None,
+) -> None:
+    """Check that images which are taken as one field of view do not lie on top of each other.
+
+    They do where positions count from the corner of each image, as in what ``squidpy.read.nanostring`` and
+    ``spatialdata_io.cosmx`` put into ``obsm["spatial"]``. Judged by nearest neighbours that are of another image in a
+    place that both cover (`spaformer_sc.data._overlap`).
+
+    Parameters
+    ----------
+    adata
+        The data.
+    spatial_key
+        Name of the positions.
+    coordinates
+        The positions (cells × 2 or 3).
+    codes
+        The field of view of each cell (cells,).
+    library
+        The columns of ``adata.obs`` that name it; None for one field.
+
+    Warns
+    -----
+    UserWarning
+        If images lie on top of each other that are told apart by a column of slides, samples or the like.
+
+    Raises
+    ------
+    ValueError
+        If images lie on top of each other that are told apart by a column of fields of view.
+    """
+    from spaformer_sc.data._labels import as_frame, field_codes, fov_columns, slide_columns, suggested_library_key
+    from spaformer_sc.data._overlap import Neighbours
+
+    near = Neighbours(coordinates, codes)
+    fovs = fov_columns(adata.obs)
+    given = library or []
+    for column in dict.fromkeys([*fovs, *slide_columns(adata.obs), *_columns_of_images(adata)]):
+        if column in given or as_frame(adata.obs, [column])[column].isna().any():
+            continue
+        images, names = field_codes(adata.obs, column)
+        if near.overlaid(images) < _OVERLAID:
+            continue
+        suggested = suggested_library_key(adata.obs)
+        columns = [*given, column] if library is not None or column not in suggested else suggested
+        advice = f"library_key={(columns[0] if len(columns) == 1 else columns)!r}"
+        others = [key for key in adata.obsm if key != spatial_key and _lies_apart(adata, key, codes, images)]
+        if others:
+            advice += f", or spatial_key={others[0]!r}, where they lie beside each other"
+        message = (
+            f"`spatial_key={spatial_key!r}`: the {len(names)} images that `adata.obs[{column!r}]` tells apart lie on "
+            "top of each other, as where positions start anew in each, and cells of different images would be taken as "
+            f"neighbours. Pass {advice}."
+        )
+        if column in fovs:
+            raise ValueError(message)
+        warnings.warn(message, UserWarning, stacklevel=_stack_level())
+        return
+
+
+def lie_on_each_other(coordinates: npt.NDArray[np.float64], images: npt.NDArray[np.int64]) -> bool:
+    """Whether images, given as a number for each cell, would lie on top of each other in one picture."""
+    from spaformer_sc.data._overlap import Neighbours
+
+    return Neighbours(coordinates, np.zeros(len(images), np.int64)).overlaid(images) >= _OVERLAID
+
+
+def _columns_of_images(adata: AnnData) -> list[str]:
+    """Columns that tell images apart by what squidpy or spatialdata recorded of them."""
+    from spaformer_sc.data._labels import as_frame
+
+    attrs = adata.uns.get("spatialdata_attrs")
+    found = [attrs["region_key"]] if isinstance(attrs, Mapping) and attrs.get("region_key") in adata.obs.columns else []
+    images = adata.uns.get("spatial")
+    if isinstance(images, Mapping) and len(images) > 1:
+        obs = as_frame(adata.obs)
+        discrete = [column for column in obs if isinstance(obs[column].dtype, pd.CategoricalDtype)]
+        found += [column for column in discrete if set(map(str, obs[column].cat.categories)) == set(images)]
+    return found
+
+
+def _lies_apart(adata: AnnData, key: str, codes: npt.NDArray[np.int64], images: npt.NDArray[np.int64]) -> bool:
+    """Whether an entry of ``adata.obsm`` holds positions at which images lie beside each other."""
+    from spaformer_sc.data._overlap import Neighbours
+
+    found = adata.obsm[key]
+    if key.startswith("X_") or not isinstance(found, np.ndarray) or found.ndim != 2 or found.shape[1] not in (2, 3):
+        return False
+    if found.dtype.kind not in "uif" or not np.isfinite(found).all():
+        return False
+    return Neighbours(found.astype(np.float64), codes).overlaid(images) < _OVERLAID
 
 
 def check_representation(adata: AnnData, use_rep: Any) -> npt.NDArray[np.float32]:

@@ -12,14 +12,24 @@ ENTRIES_OF_A_CHUNK = 16_000_000
 """Entries, cells times genes, of a sparse store that are read together; adding many small parts to another is slow."""
 
 
-def read_zarr(source: Path) -> AnnData:
-    """Read a store, but leave the counts in it; those of an old or unusual one come into memory."""
+def read_zarr(source: Path, table_key: str | None = None) -> AnnData:
+    """Read a store, but leave the counts in it; those of an old or unusual one come into memory.
+
+    Of the store of a SpatialData, read a table, by default the only one.
+    """
     import anndata
     import zarr
     from anndata.experimental import read_elem_lazy
     from anndata.io import read_elem
 
+    from ._checks import NO_TABLES, choose_table
+
     group = zarr.open_group(str(source), mode="r")
+    if "tables" in group and "encoding-type" not in group.attrs:
+        key = choose_table(list(group["tables"]), table_key)
+        group, source = group["tables"][key], source / "tables" / key
+    elif table_key is not None:
+        raise ValueError(NO_TABLES.format(table_key, "an AnnData"))
     matrix = group.get("X")
     kinds = [dict(part.attrs).get("encoding-type") for part in (group, matrix) if part is not None]
     if kinds not in (["anndata", "csr_matrix"], ["anndata", "array"]):

@@ -33,9 +33,10 @@ Fill in missing gene expression in cell-resolution spatial transcriptomics (CosM
 """
 
 IMPUTE = """\
-Read an AnnData with raw counts and coordinates, impute it, and write it with the results added. The input file is not
-changed; the output appears whole or not at all. Counts are read, and results written, field of view by field of view
-(with --layer, all at once). What an unfinished run has done stays in OUT.partial, from where --resume goes on.
+Read an AnnData with raw counts and coordinates, impute it, and write it with the results added. Of a SpatialData
+(.zarr) the table is read, and written as an AnnData. The input file is not changed; the output appears whole or not at
+all. Counts are read, and results written, field of view by field of view (with --layer, all at once). What an
+unfinished run has done stays in OUT.partial, from where --resume goes on.
 
 Added: layers["spaformer"] (imputed expression), obsm["X_spaformer"] (latent space), var["spaformer_*"] and
 obs["spaformer_*"] (held-out scores of genes and cells), uns["spaformer"] (parameters, training history, other scores).
@@ -76,9 +77,10 @@ def _parser() -> argparse.ArgumentParser:
         description=IMPUTE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    impute.add_argument("input", metavar="IN", help="AnnData with raw counts: .h5ad or .zarr")
+    impute.add_argument("input", metavar="IN", help="AnnData with raw counts, or SpatialData: .h5ad or .zarr")
     impute.add_argument("output", metavar="OUT", help="where the result goes: .h5ad or .zarr")
     where = impute.add_argument_group("where the data are")
+    where.add_argument("--table-key", metavar="NAME", help="table of a SpatialData, where there are several")
     where.add_argument(
         "--library-key",
         action="append",
@@ -181,8 +183,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read(path: str) -> AnnData:
+def _read(path: str, table_key: str | None) -> AnnData:
     import anndata
+
+    from ._checks import NO_TABLES
 
     source = Path(path)
     if source.suffix not in SUFFIXES:
@@ -191,8 +195,10 @@ def _read(path: str) -> AnnData:
         raise FileNotFoundError(f"`IN={path!r}` does not exist.")
     try:
         if source.suffix == ".h5ad":
+            if table_key is not None:
+                raise ValueError(NO_TABLES.format(table_key, "an AnnData"))
             return anndata.read_h5ad(source, backed="r")
-        return read_zarr(source)
+        return read_zarr(source, table_key)
     except Exception as error:  # whatever a damaged file makes of h5py, zarr and anndata
         raise ValueError(f"`IN={path!r}` cannot be read as an AnnData: {error}") from error
 
@@ -203,7 +209,7 @@ def _impute(arguments: argparse.Namespace) -> None:
     check_path("OUT", arguments.output)
     if Path(arguments.output).resolve() == Path(arguments.input).resolve():
         raise ValueError(f"`OUT={arguments.output!r}` is the input file, which is not changed; choose another name.")
-    adata = _read(arguments.input)
+    adata = _read(arguments.input, arguments.table_key)
     key = arguments.library_key
     positional = arguments.positional
     tl.impute(

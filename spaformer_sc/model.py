@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from . import __version__, _checks
 from ._config import ADVANCED, FORMS, GRAPHS, OUTPUTS, TARGET_SUMS, Settings, Training, in_form, resolve, with_missing
+from ._data_objects import takes_tables
 from ._gather import Block, Gathered, InMemory
 from ._logging import logger
 from ._memory import give_back, state_memory
@@ -28,6 +29,7 @@ from .training.ranks import ALONE, Ranks, join, launch, launched
 if TYPE_CHECKING:
     import torch
     from anndata import AnnData
+    from spatialdata import SpatialData
 
     from .data._counts import Counts
     from .data._fields import FieldOfView, Layout
@@ -293,10 +295,12 @@ class SpaFormer:
 
     # --- fitting ------------------------------------------------------------------------------------------------------
 
+    @takes_tables
     def fit(
         self,
-        adata: AnnData,
+        adata: AnnData | SpatialData,
         *,
+        table_key: str | None = None,
         library_key: str | Sequence[str] | None = AS_FITTED,
         spatial_key: str = AS_FITTED,
         connectivity_key: str | None = AS_FITTED,
@@ -314,6 +318,8 @@ class SpaFormer:
         ----------
         adata
             Counts (cells × genes) and coordinates; not changed.
+        table_key
+            Of a SpatialData, the table; may be left out where there is only one.
         library_key, spatial_key, connectivity_key, layer, missing
             Where the data are; by default as given to the constructor.
 
@@ -329,11 +335,13 @@ class SpaFormer:
         self._fit_data(adata, self._keys_for(library_key, spatial_key, connectivity_key, layer, missing))
         return self
 
+    @takes_tables
     def fine_tune(
         self,
-        adata: AnnData,
+        adata: AnnData | SpatialData,
         *,
         effort: float = 0.2,
+        table_key: str | None = None,
         library_key: str | Sequence[str] | None = AS_FITTED,
         spatial_key: str = AS_FITTED,
         connectivity_key: str | None = AS_FITTED,
@@ -351,6 +359,8 @@ class SpaFormer:
             Counts and coordinates, with the genes of the fit in any order; not changed.
         effort
             Training steps at most, as a share of those of a fit; above 0, at most 1.
+        table_key
+            Of a SpatialData, the table; may be left out where there is only one.
         library_key, spatial_key, connectivity_key, layer, missing
             Where the data are; by default as in the fit.
 
@@ -443,6 +453,7 @@ class SpaFormer:
         opened = self._open(adata, keys, None if start is None else self._columns(adata))
         names = pd.Index(adata.var_names.astype(str)) if start is None else self.var_names
         _checks.describe_empty(opened.counts)
+        _checks.describe_controls(adata)
         loaded = self._take(opened, max(LEAST_FITTED, FITTED_ENTRIES // adata.n_vars))
         _checks.check_enough_cells(self.devices, loaded.counts.shape[0])
         workers = Workers(device)
@@ -772,13 +783,15 @@ class SpaFormer:
 
     # --- prediction ---------------------------------------------------------------------------------------------------
 
+    @takes_tables
     def impute(
         self,
-        adata: AnnData,
+        adata: AnnData | SpatialData,
         *,
         output: str = "lognorm",
         target_sum: float | None = None,
         genes: Any = None,
+        table_key: str | None = None,
         library_key: str | Sequence[str] | None = AS_FITTED,
         spatial_key: str = AS_FITTED,
         connectivity_key: str | None = AS_FITTED,
@@ -793,6 +806,8 @@ class SpaFormer:
             Counts and coordinates, with the genes of the fit in any order; not changed.
         output, target_sum, genes
             Scale and genes of the result, as in :func:`spaformer_sc.tl.impute`.
+        table_key
+            Of a SpatialData, the table; may be left out where there is only one.
         library_key, spatial_key, connectivity_key, layer, missing
             Where the data are; by default as in the fit.
 
@@ -811,10 +826,12 @@ class SpaFormer:
             adata, keys, output=output, target_sum=target_sum, genes=genes, embed=False
         ).expression
 
+    @takes_tables
     def embed(
         self,
-        adata: AnnData,
+        adata: AnnData | SpatialData,
         *,
+        table_key: str | None = None,
         library_key: str | Sequence[str] | None = AS_FITTED,
         spatial_key: str = AS_FITTED,
         connectivity_key: str | None = AS_FITTED,
@@ -1083,6 +1100,7 @@ class SpaFormer:
         library = _checks.check_library_key(adata, keys.library_key)
         codes, names = field_codes(adata.obs, library)
         coordinates = _checks.check_coordinates(adata, keys.spatial_key, codes)
+        _checks.check_images_apart(adata, keys.spatial_key, coordinates, codes, library)
         missing = _checks.check_layer_of_missing(adata, keys.missing)
         if columns is not None:
             missing = None if missing is None else missing[:, columns]

@@ -563,7 +563,7 @@ REFUSED = [  # name, how to spoil the tissue, call, error, words
         NO,
         given(batch_key="fov"),
         TypeError,
-        "no argument `batch_key`.*It has: adata, library_key",
+        "no argument `batch_key`.*It has: adata, table_key, library_key",
     ),
     ("by position", NO, lambda a, _: sf.tl.impute(a, "fov"), TypeError, "takes 1 positional argument"),
     ("device", NO, given(device="gpu"), ValueError, "`device='gpu'` cannot be used here.*'auto' and 'cpu' always can"),

@@ -114,7 +114,7 @@ OPTIONS = {  # option and value on the command line: argument and value of `tl.i
     ("--devices", "2"): ("devices", 2),
     ("--quiet",): ("progress", False),
 }
-OF_THE_PROGRAM = {"--help", "--threads", "--debug"}
+OF_THE_PROGRAM = {"--help", "--threads", "--debug", "--table-key"}  # the last is of the reading, not of tl.impute
 
 
 def test_every_option_arrives(source, tmp_path, monkeypatch, capsys):

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from scipy.sparse.csgraph import dijkstra
 
 from spaformer_sc._checks import _did_you_mean, _listing, check_adata, check_integer
+from spaformer_sc._data_objects import takes_tables
 from spaformer_sc.model import AS_FITTED, Loaded, SpaFormer, resolve_device
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from spatialdata import SpatialData
 
     from spaformer_sc.data._fields import FieldOfView
     from spaformer_sc.interpret._gradients import Integrated
@@ -76,14 +78,15 @@ class Attribution:
 
 
 @overload
-def attribution(
-    adata: AnnData,
+def attribution(  # type: ignore[overload-overlap]  # a str is a sequence of str
+    adata: AnnData | SpatialData,
     model: SpaFormer,
     gene: str,
     cells: str | int,
     *,
     n_steps: int = 32,
     baseline: pd.Series | None = None,
+    table_key: str | None = None,
     library_key: str | Sequence[str] | None = AS_FITTED,
     spatial_key: str = AS_FITTED,
     connectivity_key: str | None = AS_FITTED,
@@ -94,13 +97,14 @@ def attribution(
 
 @overload
 def attribution(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     model: SpaFormer,
     gene: str,
     cells: Sequence[str] | Sequence[int] | NDArray[Any] | pd.Index,
     *,
     n_steps: int = 32,
     baseline: pd.Series | None = None,
+    table_key: str | None = None,
     library_key: str | Sequence[str] | None = AS_FITTED,
     spatial_key: str = AS_FITTED,
     connectivity_key: str | None = AS_FITTED,
@@ -109,14 +113,16 @@ def attribution(
 ) -> list[Attribution]: ...
 
 
+@takes_tables
 def attribution(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     model: SpaFormer,
     gene: str,
     cells: Any,
     *,
     n_steps: int = 32,
     baseline: pd.Series | None = None,
+    table_key: str | None = None,
     library_key: str | Sequence[str] | None = AS_FITTED,
     spatial_key: str = AS_FITTED,
     connectivity_key: str | None = AS_FITTED,
@@ -157,6 +163,8 @@ def attribution(
     baseline
         Expression profile of the baseline: a Series over gene names, at least 0, in any unit, such as the mean counts
         of a cell type; genes of the model that it lacks are an error. None for the mean of the data of the fit.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     library_key, spatial_key, connectivity_key, layer, missing
         Where the data are; by default as in the fit.
 

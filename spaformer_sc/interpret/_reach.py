@@ -11,11 +11,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from spaformer_sc._checks import check_adata, check_integer
+from spaformer_sc._data_objects import takes_tables
 from spaformer_sc.interpret._attribution import around, check_fitted, gene_columns, integrate
 from spaformer_sc.model import AS_FITTED, SpaFormer, derived_seed
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from spatialdata import SpatialData
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,16 @@ class Reach:
         )
 
 
+@takes_tables
 def reach(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     model: SpaFormer,
     gene: str | Sequence[str] | None = None,
     *,
     n_cells: int = 50,
     n_steps: int = 8,
     random_state: int = 0,
+    table_key: str | None = None,
     library_key: str | Sequence[str] | None = AS_FITTED,
     spatial_key: str = AS_FITTED,
     connectivity_key: str | None = AS_FITTED,
@@ -93,6 +97,8 @@ def reach(
         Points of the numerical integral; ``cells["error"]`` of the result is what it misses.
     random_state
         Seed of the draw.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     library_key, spatial_key, connectivity_key, layer, missing
         Where the data are; by default as in the fit.
 

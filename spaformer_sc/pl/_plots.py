@@ -12,7 +12,9 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from spaformer_sc import _checks
+from spaformer_sc._data_objects import takes_tables
 from spaformer_sc._keys import Keys
+from spaformer_sc._logging import logger
 from spaformer_sc._result import genes_of, known_of
 from spaformer_sc.training.posterior import standard_deviation
 from spaformer_sc.training.reliability import CLEARLY, LEAST_CORRELATION, LEVELS, SURELY
@@ -20,15 +22,19 @@ from spaformer_sc.training.reliability import CLEARLY, LEAST_CORRELATION, LEVELS
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from spatialdata import SpatialData
 
 COLOURS = dict(zip(reversed(LEVELS), ("#2a7f62", "#d9a441", "#9a9a9a"), strict=True))
 
 
+@takes_tables
 def imputed(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     genes: str | Sequence[str],
     *,
+    table_key: str | None = None,
     key_added: str = "spaformer",
+    spatial_key: str | None = None,
     fov: str | None = None,
     size: float | None = None,
     cmap: str = "viridis",
@@ -46,8 +52,13 @@ def imputed(
         Result of :func:`spaformer_sc.tl.impute`; not changed.
     genes
         One name or several, a row of panels each.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     key_added
         Name of the result.
+    spatial_key
+        Positions to draw at; those of the result by default. Where they start anew in each field of view, name global
+        ones here (``"spatial_fov"``, ``"global"`` for CosMx), or draw one ``fov``.
     fov
         Draw this field of view only, by its name in ``adata.obs``; all cells by default.
     size
@@ -87,6 +98,9 @@ def imputed(
     names = list(adata.var_names[columns])
     _checks.check_imputed(names, genes_of(params))
     cells = _cells_of(adata, params, fov)
+    places = _checks.check_coordinates(adata, params["spatial_key"] if spatial_key is None else spatial_key)
+    if fov is None and params["library_key"] is not None:
+        _say_if_overlaid(adata, places, params["library_key"])
     counts = _checks.counts_of_result(adata, params)
     observed = _scaled(counts, cells, columns, params["output"], float(params["target_sum"]))
     prediction = np.asarray(adata.layers[keys.layer][:, columns])[cells]
@@ -102,7 +116,7 @@ def imputed(
         shown.layers["uncertainty"] = sd[cells]
         panels.append(("uncertainty", sd[cells]))
     shown.obs["part"] = pd.Categorical(["all"] * len(cells))  # squidpy warns where it is not told of one
-    shown.obsm["spatial"] = np.asarray(adata.obsm[params["spatial_key"]])[cells][:, :2]
+    shown.obsm["spatial"] = places[cells][:, :2]
     size = float(np.clip(60000 / len(cells), 2, 60)) if size is None else size
     shape = len(names), len(panels)
     figure, axes = plt.subplots(*shape, figsize=(4.5 * shape[1], 3.8 * shape[0]), squeeze=False, layout="constrained")
@@ -128,7 +142,10 @@ def imputed(
     return np.asarray(axes)
 
 
-def reliability(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = None) -> Axes:
+@takes_tables
+def reliability(
+    adata: AnnData | SpatialData, *, table_key: str | None = None, key_added: str = "spaformer", ax: Axes | None = None
+) -> Axes:
     """Draw what can be believed: each gene's gain over its own counts, and its estimated correlation with the truth.
 
     Colours are the verdicts (:func:`spaformer_sc.tl.impute`), lines what they ask for: the gain over the baseline in
@@ -138,6 +155,8 @@ def reliability(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
     ----------
     adata
         Result of :func:`spaformer_sc.tl.impute`; not changed.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     key_added
         Name of the result.
     ax
@@ -179,7 +198,10 @@ def reliability(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
     return ax
 
 
-def calibration(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = None) -> Axes:
+@takes_tables
+def calibration(
+    adata: AnnData | SpatialData, *, table_key: str | None = None, key_added: str = "spaformer", ax: Axes | None = None
+) -> Axes:
     """Draw by how much intervals cover held-out counts more or less often than they should.
 
     A line for each range of counts that are expected of an entry (at the held-out depth, a twentieth of the cell's).
@@ -192,6 +214,8 @@ def calibration(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
     ----------
     adata
         Result of :func:`spaformer_sc.tl.impute`; not changed.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     key_added
         Name of the result.
     ax
@@ -229,13 +253,18 @@ def calibration(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None
     return ax
 
 
-def history(adata: AnnData, *, key_added: str = "spaformer", ax: Axes | None = None) -> Axes:
+@takes_tables
+def history(
+    adata: AnnData | SpatialData, *, table_key: str | None = None, key_added: str = "spaformer", ax: Axes | None = None
+) -> Axes:
     """Draw the score on what was held out over the steps of training, a line for each network.
 
     Parameters
     ----------
     adata
         Result of :func:`spaformer_sc.tl.impute`; not changed.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     key_added
         Name of the result.
     ax
@@ -293,6 +322,18 @@ def _cells_of(adata: AnnData, params: dict[str, Any], fov: str | None) -> NDArra
     if str(fov) not in names:
         raise KeyError(f"`fov={fov!r}` is none of the fields of view: {', '.join(names[:10])}.")
     return np.flatnonzero(codes == names.index(str(fov)))
+
+
+def _say_if_overlaid(adata: AnnData, places: NDArray[np.float64], library_key: Any) -> None:
+    """Log that fields of view are drawn on top of each other."""
+    from spaformer_sc.data._labels import field_codes
+
+    codes, _ = field_codes(adata.obs, library_key if isinstance(library_key, str) else list(library_key))
+    if _checks.lie_on_each_other(places, codes):
+        logger.warning(
+            "fields of view are drawn on top of each other, since positions start anew in each: pass `fov=` to draw "
+            "one, or `spatial_key=` with global positions."
+        )
 
 
 def _scaled(

@@ -16,6 +16,7 @@ from spaformer_sc._checks import (
     check_connectivities,
     check_coordinates,
     check_flag,
+    check_images_apart,
     check_integer,
     check_key_added,
     check_library_key,
@@ -23,6 +24,7 @@ from spaformer_sc._checks import (
     read_counts,
 )
 from spaformer_sc._config import POSITIONAL
+from spaformer_sc._data_objects import takes_tables
 from spaformer_sc._logging import logger
 from spaformer_sc.data._fields import FieldOfView, GraphConfig, Layout, fields_of_view
 from spaformer_sc.data._graph import given_graph
@@ -30,6 +32,7 @@ from spaformer_sc.data._labels import field_codes
 
 if TYPE_CHECKING:
     from scipy import sparse
+    from spatialdata import SpatialData
 
     from spaformer_sc.positional import PositionalEncoding
 
@@ -39,10 +42,12 @@ LIBRARY_SIZE = 250.0
 """That counts are normalised to for them; fixed, so that a FOV's result does not depend on other FOVs."""
 
 
+@takes_tables
 def positional_encoding(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     name: str,
     *,
+    table_key: str | None = None,
     library_key: str | Sequence[str] | None = None,
     spatial_key: str = "spatial",
     connectivity_key: str | None = None,
@@ -53,7 +58,7 @@ def positional_encoding(
     patch_size: float | None = None,
     key_added: str | None = None,
     copy: bool = False,
-) -> AnnData | None:
+) -> AnnData | SpatialData | None:
     """Write the features of a positional encoding, to plot or to use elsewhere.
 
     These are what a model computes of each field of view (FOV) before anything is learned: a fixed function of the
@@ -95,6 +100,8 @@ def positional_encoding(
 
         Beside these arguments, those that tell where the data are and `n_neighbors` matter to all of them: the graph
         gives the typical distance.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     library_key
         Column of `adata.obs` that tells fields of view apart, or a list of columns. None takes all cells as one field.
     spatial_key
@@ -117,7 +124,7 @@ def positional_encoding(
         Name of what is written; None for ``f"X_pe_{name}"``. What an earlier call wrote is replaced; anything else is
         kept, with an error.
     copy
-        Return a changed copy instead of changing `adata`.
+        Return a changed copy instead of changing `adata`; of a SpatialData, one that shares all but the table.
 
     Returns
     -------
@@ -153,6 +160,7 @@ def positional_encoding(
     columns = check_library_key(adata, library_key)
     codes, fields = field_codes(adata.obs, columns)
     coordinates = check_coordinates(adata, spatial_key, codes)
+    check_images_apart(adata, spatial_key, coordinates, codes, columns)
     given = None if connectivity_key is None else given_graph(check_connectivities(adata, connectivity_key), codes)
 
     from spaformer_sc.nn.seeding import seeded

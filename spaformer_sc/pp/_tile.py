@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData, ImplicitModificationWarning
 
-from spaformer_sc._checks import check_adata, check_coordinates, check_integer, check_key_added, check_library_key
+from spaformer_sc._checks import (
+    check_adata,
+    check_coordinates,
+    check_images_apart,
+    check_integer,
+    check_key_added,
+    check_library_key,
+)
+from spaformer_sc._data_objects import takes_tables
 from spaformer_sc._logging import logger
 from spaformer_sc.data._labels import field_codes
 from spaformer_sc.data._tiling import tile as cut_into_tiles
 
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
 
+
+@takes_tables
 def tile(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     *,
+    table_key: str | None = None,
     spatial_key: str = "spatial",
     library_key: str | Sequence[str] | None = None,
     tile_size: int = 4000,
     key_added: str = "tile",
     copy: bool = False,
-) -> AnnData | None:
+) -> AnnData | SpatialData | None:
     """Cut a slide into windows of about equally many cells.
 
     `spaformer_sc.tl.impute` does this by itself where a field of view is large; here the windows can be looked at, or
@@ -33,6 +47,8 @@ def tile(
     ----------
     adata
         The data.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     spatial_key
         Name of the positions in `adata.obsm`.
     library_key
@@ -44,7 +60,7 @@ def tile(
         Name of the column that is written. One written by an earlier call is replaced; any other is kept, with an
         error.
     copy
-        Return a changed copy instead of changing `adata`.
+        Return a changed copy instead of changing `adata`; of a SpatialData, one that shares all but the table.
 
     Returns
     -------
@@ -74,6 +90,7 @@ def tile(
     check_key_added(adata, key_added, slots=[("obs", key_added)], mark="tile_size")
     codes, names = field_codes(adata.obs, columns)
     coordinates = check_coordinates(adata, spatial_key, codes)
+    check_images_apart(adata, spatial_key, coordinates, codes, columns)
 
     number = np.empty(adata.n_obs, dtype=np.int64)
     labels: list[str] = []

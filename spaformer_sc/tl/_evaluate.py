@@ -11,12 +11,14 @@ import scipy.sparse as sp
 
 from spaformer_sc import __version__, _checks
 from spaformer_sc._config import OUTPUTS
+from spaformer_sc._data_objects import takes_tables
 from spaformer_sc._keys import Keys
 from spaformer_sc._result import known_of
 from spaformer_sc._write import write_scores
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from spatialdata import SpatialData
 
 OF_GENES = (
     "pearson",
@@ -34,10 +36,12 @@ OF_GENES = (
 OF_CELLS = ("gain", "gain_se", "reliability")
 
 
+@takes_tables
 def evaluate(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     held_out: str,
     *,
+    table_key: str | None = None,
     prediction: str = "spaformer",
     scale: str | None = None,
     layer: str | None = None,
@@ -58,6 +62,8 @@ def evaluate(
         Counts, held-out counts and prediction, of the same cells and genes.
     held_out
         Layer with the held-out counts. They must be no part of what the prediction was made from.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     prediction
         Layer with the prediction: name of a result of :func:`spaformer_sc.tl.impute`, or any layer. Genes with NaN are
         not scored.

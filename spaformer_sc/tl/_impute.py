@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from spaformer_sc import __version__, _checks
 from spaformer_sc._config import ADVANCED, OUTPUTS, TARGET_SUMS, ZEROS
+from spaformer_sc._data_objects import takes_tables
 from spaformer_sc._gather import InMemory, OnDisk
 from spaformer_sc._keys import Keys
 from spaformer_sc._logging import logger
@@ -25,6 +26,7 @@ from spaformer_sc.model import Opened, SpaFormer
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from spatialdata import SpatialData
 
     from spaformer_sc.training.posterior import Posterior
 
@@ -50,9 +52,11 @@ LEAST_DETECTION = 0.05
 
 
 @_checks.explains_unknown_arguments(ADVANCED)
+@takes_tables
 def impute(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     *,
+    table_key: str | None = None,
     library_key: str | Sequence[str] | None = None,
     spatial_key: str = "spatial",
     connectivity_key: str | None = None,
@@ -85,7 +89,7 @@ def impute(
     random_state: int = 0,
     progress: bool = True,
     copy: bool = False,
-) -> AnnData | None:
+) -> AnnData | SpatialData | None:
     """Fill in missing expression from each cell's own counts, its neighbours and its field of view.
 
     Builds a spatial graph for every field of view (FOV), trains a masked autoencoder in which the cells of a FOV are
@@ -96,7 +100,12 @@ def impute(
     Parameters
     ----------
     adata
-        Raw counts (cells × genes) and the cells' coordinates.
+        Raw counts (cells × genes) and the cells' coordinates: an AnnData, or a SpatialData with one in a table.
+    table_key
+        Of a SpatialData, the table to work on, in place; may be left out where there is only one. The other elements
+        are not read. Where the object belongs to a file, the table is changed in memory only, and saved by
+        ``sdata.delete_element_from_disk("table")`` and ``sdata.write_element("table")``, or ``sdata.write`` to another
+        place.
     library_key
         Column of ``adata.obs`` that names the FOV of each cell, or a list of columns, such as ``["slide", "fov"]``,
         whose combination does. None takes the slide as one image, cut into overlapping tiles where it is large.
@@ -166,10 +175,10 @@ def impute(
     key_added
         Name of all that is written.
     output_path
-        Also write the result to this ``.h5ad`` or ``.zarr``, whole or not at all. Where the counts are in a file
-        (``anndata.read_h5ad(path, backed="r")``) or lazy, the result goes there alone, FOV by FOV, and ``adata`` stays
-        as it is: neither counts nor result need to fit into memory. What an unfinished run has done lies beside it in a
-        folder that ends in ``.partial``.
+        Also write the result, of a SpatialData the table, to this ``.h5ad`` or ``.zarr``, whole or not at all. Where
+        the counts are in a file (``anndata.read_h5ad(path, backed="r")``) or lazy, the result goes there alone, FOV by
+        FOV, and ``adata`` stays as it is: neither counts nor result need to fit into memory. What an unfinished run has
+        done lies beside it in a folder that ends in ``.partial``.
     resume
         Go on with an unfinished run to the same ``output_path``, with the same data and choices; the result is that of
         an uninterrupted one. Without an unfinished run, start one.
@@ -185,11 +194,12 @@ def impute(
     progress
         Show a progress bar with the score on held-out counts.
     copy
-        Return a changed copy and leave ``adata`` as it is.
+        Return a changed copy and leave ``adata`` as it is. Of a SpatialData, only the table is copied: the result is a
+        SpatialData in memory that shares all other elements.
 
     Returns
     -------
-    None, or an AnnData if ``copy``. These fields are set:
+    None, or what was passed in, changed, if ``copy``. These fields are set:
 
     ``adata.layers[key_added]`` : float32 (cells × genes)
         Imputed expression in the scale of ``output``. Cells without counts are 0 (``"rate"`` excepted).

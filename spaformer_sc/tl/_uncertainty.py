@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spaformer_sc import _checks
+from spaformer_sc._data_objects import takes_tables
 from spaformer_sc._memory import available_memory
 from spaformer_sc._result import Entries
 from spaformer_sc.training.posterior import count_interval, mean_interval
@@ -17,6 +18,7 @@ from spaformer_sc.training.posterior import detection as detection_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from spatialdata import SpatialData
 
 OF = ("count", "rate")
 
@@ -44,11 +46,13 @@ class Interval:
         return f"Interval({self.level:.0%}, {len(self.lower)} cells × {len(self.genes)} genes)"
 
 
+@takes_tables
 def interval(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     genes: str | Sequence[str] | None = None,
     level: float = 0.9,
     *,
+    table_key: str | None = None,
     of: str = "count",
     key_added: str = "spaformer",
 ) -> Interval:
@@ -67,6 +71,8 @@ def interval(
         One name or several; all imputed ones by default.
     level
         Share of the entries to hold, between 0 and 1.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     of
         ``"count"``: a new count of the gene in the cell, measured once more at the same depth. ``"rate"``: the rate
         itself, in the scale of ``output="rate"`` (share of the cell's transcripts times ``target_sum``): a central
@@ -106,11 +112,13 @@ def interval(
     return found
 
 
+@takes_tables
 def sample(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     genes: str | Sequence[str] | None = None,
     n: int = 100,
     *,
+    table_key: str | None = None,
     of: str = "rate",
     key_added: str = "spaformer",
     random_state: int = 0,
@@ -129,6 +137,8 @@ def sample(
         One name or several; all imputed ones by default.
     n
         Number of draws.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     of
         ``"rate"``: the rate, in the scale of ``output="rate"``. ``"count"``: a new count at the same depth.
     key_added
@@ -168,10 +178,12 @@ def sample(
     return draws
 
 
+@takes_tables
 def detection(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     genes: str | Sequence[str] | None = None,
     *,
+    table_key: str | None = None,
     capture: float = 1.0,
     key_added: str = "spaformer",
 ) -> NDArray[np.float32]:
@@ -183,6 +195,8 @@ def detection(
         Result of :func:`spaformer_sc.tl.impute`, with the counts it was made from; not changed.
     genes
         One name or several; all imputed ones by default.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     capture
         Depth of the new measurement, in that of the data: 1 for the same, 5 for one that catches five times as many
         transcripts.
