@@ -22,6 +22,7 @@ from ._gather import Block, Gathered, InMemory
 from ._logging import logger
 from ._memory import give_back, state_memory
 from ._saved import UNREADABLE, read_model, write_model
+from ._settings import settings as defaults
 from ._threads import Workers, wait_patiently
 from .training.ranks import ALONE, Ranks, join, launch, launched
 
@@ -232,7 +233,7 @@ class SpaFormer:
         device: str = "auto",
         devices: int = 1,
         random_state: int = 0,
-        progress: bool = True,
+        progress: bool | None = None,
     ) -> None:
         _checks.check_choice("graph", graph, GRAPHS)
         if graph == "radius" and radius is None:
@@ -244,8 +245,9 @@ class SpaFormer:
         self.n_neighbors = _checks.check_integer("n_neighbors", n_neighbors)
         self.tile_size = _checks.check_integer("tile_size", tile_size, minimum=50)
         self.random_state = _checks.check_integer("random_state", random_state, minimum=0)
-        self.progress = _checks.check_flag("progress", progress)
-        self.device = device
+        self.progress = _checks.check_flag("progress", defaults.progress if progress is None else progress)
+        # What "auto" is now: settings may change while the model is in use.
+        self.device = defaults.device if isinstance(device, str) and device == "auto" else device
         self.devices = _checks.check_devices(devices)
         self._ranks = ALONE
         self._chosen: Settings = resolve(
@@ -1306,7 +1308,7 @@ class SpaFormer:
         write_model(path, description, weights, overwrite=overwrite)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: str = "auto", progress: bool = True) -> SpaFormer:
+    def load(cls, path: str | os.PathLike[str], *, device: str = "auto", progress: bool | None = None) -> SpaFormer:
         """Load a model saved with :meth:`save`. Nothing in the file is executed.
 
         Parameters
@@ -1327,7 +1329,7 @@ class SpaFormer:
         from .training.reliability import LEVELS
 
         target = resolve_device(device)
-        progress = _checks.check_flag("progress", progress)
+        progress = _checks.check_flag("progress", defaults.progress if progress is None else progress)
         description, weights = read_model(path)
         try:
             graph = description["graph"]
@@ -1431,8 +1433,8 @@ def _trained(
     return shape, {name: getattr(model, name) for name in ("_networks", "_forms", "_weights", "history")}
 
 
-def resolve_device(device: str) -> torch.device:
-    """Device by name; "auto" is the first GPU if there is one.
+def resolve_device(device: str, argument: str = "device") -> torch.device:
+    """Device by name; "auto" is that of ``settings``, by default the first GPU if there is one.
 
     Raises
     ------
@@ -1444,16 +1446,18 @@ def resolve_device(device: str) -> torch.device:
     wait_patiently()
     import torch
 
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
+        device = defaults.device
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(device, str | torch.device):
-        raise TypeError(f"`device={device!r}` must be a string, such as 'auto', 'cpu' or 'cuda:1'.")
+        raise TypeError(f"`{argument}={device!r}` must be a string, such as 'auto', 'cpu' or 'cuda:1'.")
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"`device={device!r}` cannot be used here ({reason}); 'auto' and 'cpu' always can.") from error
+        raise ValueError(f"`{argument}={device!r}` cannot be used here ({reason}); 'auto' and 'cpu' always can.") from error
     return found
 
 

@@ -83,7 +83,7 @@ def impute(
     device: str = "auto",
     devices: int = 1,
     random_state: int = 0,
-    progress: bool = True,
+    progress: bool | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Fill in missing expression from each cell's own counts, its neighbours and its field of view.
@@ -174,7 +174,8 @@ def impute(
         Go on with an unfinished run to the same ``output_path``, with the same data and choices; the result is that of
         an uninterrupted one. Without an unfinished run, start one.
     device
-        ``"auto"``, ``"cpu"``, ``"cuda"``, …
+        ``"auto"``, ``"cpu"``, ``"cuda"``, …; ``"auto"`` is ``sf.settings.device``, by default the first GPU if there is
+        one.
     devices
         GPUs, or on a CPU processes, that train together (extra ``distributed``), each with its share of the cells of a
         step. More than 1 starts as many processes on this machine for the training, so a script has to be guarded by
@@ -183,7 +184,7 @@ def impute(
     random_state
         Seed of everything random; on a CPU the same seed on the same machine gives the same result.
     progress
-        Show a progress bar with the score on held-out counts.
+        Show a progress bar with the score on held-out counts; None for what ``sf.settings.progress`` says.
     copy
         Return a changed copy and leave ``adata`` as it is.
 
