@@ -236,7 +236,7 @@ def _impute(arguments: argparse.Namespace) -> None:
         random_state=arguments.random_state,
         device=arguments.device,
         devices=arguments.devices,
-        progress=not arguments.quiet,
+        progress=False if arguments.quiet else None,
         output_path=arguments.output,
         resume=arguments.resume,
     )

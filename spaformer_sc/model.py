@@ -17,7 +17,19 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from . import __version__, _checks
-from ._config import ADVANCED, FORMS, GRAPHS, OUTPUTS, TARGET_SUMS, Settings, Training, in_form, resolve, with_missing
+from ._config import (
+    ADVANCED,
+    FORMS,
+    GRAPHS,
+    OUTPUTS,
+    PAPER,
+    TARGET_SUMS,
+    Settings,
+    Training,
+    in_form,
+    resolve,
+    with_missing,
+)
 from ._gather import Block, Gathered, InMemory
 from ._logging import logger
 from ._memory import give_back, state_memory
@@ -64,6 +76,9 @@ LED_BACK, LEAST_LED_BACK = 1000, 10
 
 LEAST_VALIDATIONS = 10
 """Validations of a network that is tuned, however few its steps; each takes as long as some steps."""
+
+GRAPH_DEFAULTS = {"graph": "knn", "n_neighbors": 6, "radius": None, "tile_size": 4000, "random_state": 0}
+"""What these arguments are unless they are given."""
 
 AS_FITTED = "as fitted"
 """Default of arguments that say where data are found: as in the fit."""
@@ -184,6 +199,8 @@ class SpaFormer:
         Every choice, "auto" decided.
     var_names
         Genes of the fit, in order; None before it.
+    n_cells
+        Number of cells of the fit; None before it.
     scores
         Scores on held-out counts over all genes; see :func:`spaformer_sc.tl.impute`.
     fractional
@@ -265,6 +282,7 @@ class SpaFormer:
         self.settings = self._chosen
         self.keys = DataKeys(_as_key(library_key), spatial_key, connectivity_key, layer, missing)
         self.var_names: pd.Index | None = None
+        self.n_cells: int | None = None
         self.scores: dict[str, float] = {}
         self.gene_scores = pd.DataFrame()
         self.cell_scores = pd.DataFrame()
@@ -285,13 +303,42 @@ class SpaFormer:
         self._weights: NDArray[np.float64] = np.zeros((2, 0))
 
     def __repr__(self) -> str:
-        s = self.settings
-        state = "not fitted" if self.var_names is None else f"fitted on {len(self.var_names)} genes"
-        space = ", ".join(s.positional) or "none"
-        return (
-            f"SpaFormer({state}; encoder={s.encoder}, {s.n_layers} layers of {s.dim}; decoder={s.decoder}; "
-            f"positional: {space}; masking: {', '.join(s.masking)}; n_latent={s.n_latent})"
-        )
+        lines = [f"choices: {self._choices()}"]
+        if self.var_names is None:
+            return "\n  ".join(["SpaFormer, not fitted", *lines])
+        cells = "" if self.n_cells is None else f"{self.n_cells:,} cells × "
+        n_fovs = self.graph_summary["n_fovs"]
+        fovs = "1 field of view" if n_fovs == 1 else f"{n_fovs:,} fields of view"
+        weights = [f"{form} {weight:.2f}" for form, weight in zip(self._forms, self._weights[0], strict=True)]
+        lines += [f"networks: {len(weights)}, with their weights: {', '.join(weights)}"]
+        if np.isfinite(self.scores["gain"]):
+            lines.append(
+                f"held-out gain: {self.scores['gain']:.3f} nats per transcript over gene means, "
+                f"{self.scores['gain_over_baseline']:.3f} over gene means and own counts"
+            )
+        verdicts = self.gene_scores["reliability"].value_counts(sort=False)
+        lines.append("genes: " + ", ".join(f"{n:,} {verdict}" for verdict, n in verdicts[::-1].items()))
+        return "\n  ".join([f"SpaFormer, fitted to {cells}{len(self.var_names):,} genes in {fovs}", *lines])
+
+    def _choices(self) -> str:
+        """Choices that differ from those of the preset that they are nearest to."""
+
+        def flat(settings: Settings) -> dict[str, Any]:
+            plain = settings.to_dict()
+            del plain["masking_is_auto"]
+            return plain | plain.pop("training")
+
+        now = flat(self.settings)
+        others = {**vars(self.keys), **{name: getattr(self, name) for name in GRAPH_DEFAULTS}}
+        usual = {**vars(DataKeys(None, "spatial", None, None, None)), **GRAPH_DEFAULTS}
+        by_preset = {
+            preset: [f"{name}={value!r}" for name, value in now.items() if value != flat(base)[name]]
+            for preset, base in (("default", Settings()), ("paper", PAPER))
+        }
+        preset = min(by_preset, key=lambda name: len(by_preset[name]))
+        changed = [f"{name}={value!r}" for name, value in others.items() if value != usual[name]]
+        changed = [*([] if preset == "default" else [f"preset={preset!r}"]), *changed, *by_preset[preset]]
+        return ", ".join(changed) or "the defaults"
 
     # --- fitting ------------------------------------------------------------------------------------------------------
 
@@ -458,6 +505,7 @@ class SpaFormer:
         # From here on the earlier fit is gone: were this one interrupted, the model would be unfitted, not half fitted.
         self.var_names = None
         self.keys = keys
+        self.n_cells = loaded.counts.shape[0]
         self.fractional = opened.counts.fractional
         self.settings = with_missing(self._chosen, loaded.hidden_as)
         with workers:
@@ -1290,6 +1338,7 @@ class SpaFormer:
             "tile_size": self.tile_size,
             "random_state": self.random_state,
             "var_names": list(self.var_names),
+            "n_cells": self.n_cells,
             "target_sum": self.target_sum,
             "model_sum": self._model_sum,
             "fractional": self.fractional,
@@ -1350,6 +1399,8 @@ class SpaFormer:
             model._model_sum = _checks.check_number("model_sum", description["model_sum"], *TARGET_SUMS)
             model.fractional = _checks.check_flag("fractional", description["fractional"])
             model._fovs = tuple(str(name) for name in description.get("fovs", []))
+            n_cells = description.get("n_cells")
+            model.n_cells = None if n_cells is None else _checks.check_integer("n_cells", n_cells)
             model._forms = [str(form) for form in description["networks"]["form"]]
             names = ("weight", "weight_where_missing")
             model._weights = np.array([description["networks"][name] for name in names], dtype=np.float64)
@@ -1457,7 +1508,9 @@ def resolve_device(device: str, argument: str = "device") -> torch.device:
         torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"`{argument}={device!r}` cannot be used here ({reason}); 'auto' and 'cpu' always can.") from error
+        raise ValueError(
+            f"`{argument}={device!r}` cannot be used here ({reason}); 'auto' and 'cpu' always can."
+        ) from error
     return found
 
 

@@ -93,7 +93,9 @@ def test_messages_are_not_shown_twice_where_there_is_logging(settings, capsys, c
 
 
 def test_nothing_is_installed_before_verbosity_is_set():
-    code = "import logging, spaformer_sc as sf; sf.settings.verbosity; print(logging.getLogger('spaformer_sc').handlers)"
+    code = (
+        "import logging, spaformer_sc as sf; sf.settings.verbosity; print(logging.getLogger('spaformer_sc').handlers)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
