@@ -339,7 +339,7 @@ def check_adata(adata: Any) -> None:
     ValueError
         If it has no cells or no genes, or if gene names or columns of ``obs`` or ``var`` occur more than once.
     """
-    _check_is_anndata(adata)
+    check_is_anndata(adata)
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise ValueError(f"`adata` has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed.")
     for slot in ("obs", "var"):
@@ -371,7 +371,32 @@ def check_adata(adata: Any) -> None:
         )
 
 
-def _check_is_anndata(adata: Any) -> None:
+def check_view(adata: AnnData, copy: bool) -> None:
+    """Check that results can be written into `adata`, unless they go into a copy; log that a view becomes one.
+
+    Raises
+    ------
+    ValueError
+        If it is a view of a file.
+    """
+    if adata.isbacked and adata.is_view and not copy:
+        raise ValueError(
+            "`adata` is a view of a file, which cannot be written to: pass copy=True, or adata.to_memory()."
+        )
+    if adata.is_view and not copy:
+        logger.warning(
+            "`adata` is a view; results are written to a copy of it. Keep the view in a variable to have them."
+        )
+
+
+def check_is_anndata(adata: Any) -> None:
+    """Check that `adata` is an AnnData.
+
+    Raises
+    ------
+    TypeError
+        If it is not; says where that of a SpatialData, a MuData or a file is found.
+    """
     if isinstance(adata, AnnData):
         return
     kind = type(adata).__name__
@@ -458,8 +483,8 @@ def scan_counts(
         return _as_csr(_in_memory(matrix[rows]), name)
 
     n_cells, n_genes = adata.shape
-    per_cell, per_gene = np.zeros(n_cells), np.zeros(n_genes)
-    doubtful, n_fractional, n_counted = None, 0, 0
+    per_cell, per_gene, n_filled = np.zeros(n_cells), np.zeros(n_genes), np.zeros(n_cells, dtype=np.int64)
+    doubtful, n_fractional = None, 0
     checksum = hashlib.sha256()
     step = max(1, _SCANNED // n_genes)
     for start in range(0, n_cells, step):
@@ -468,7 +493,7 @@ def scan_counts(
         _check_values(adata, layer, block, start)
         per_cell[rows], of_genes = sums(block)
         per_gene += of_genes
-        n_counted += block.nnz
+        n_filled[rows] = np.diff(block.indptr)
         add_to(checksum, block)
         if not is_whole(block):
             doubtful = block if doubtful is None else doubtful
@@ -476,8 +501,9 @@ def scan_counts(
     if not per_cell.any():
         raise ValueError(f"`{name}` has no counts: every entry is zero. {_where_counts_are(adata, layer)}")
     if doubtful is not None:
-        _check_fractions(adata, layer, doubtful, n_fractional / n_counted, transformed)
-    return Counts((n_cells, n_genes), per_cell, per_gene, doubtful is not None, checksum.hexdigest, read)
+        _check_fractions(adata, layer, doubtful, n_fractional / n_filled.sum(), transformed)
+    shape = n_cells, n_genes
+    return Counts(shape, per_cell, per_gene, n_filled, doubtful is not None, checksum.hexdigest, read)
 
 
 def lies_outside_memory(adata: AnnData, layer: str | None) -> bool:
@@ -1065,7 +1091,7 @@ def _check_labels(column: str, labels: pd.Series) -> None:
         if spelled:
             logger.warning(
                 "`library_key=%r`: the label of %d cells is an empty or missing value written as text; "
-                "they are taken as one field of view.",
+                "they are taken as one field of view. Leave them out, or give them labels, if they are not one.",
                 column,
                 spelled,
             )
@@ -1220,7 +1246,7 @@ def check_result(adata: AnnData, key: str, slots: Iterable[tuple[str, str]] = ()
     ValueError
         If it is not a whole result.
     """
-    _check_is_anndata(adata)
+    check_is_anndata(adata)
     check_name("key_added", key)
     if "spaformer_sc" not in _params(adata, key):
         results = [name for name in adata.uns if "spaformer_sc" in _params(adata, name)]

@@ -325,8 +325,9 @@ class SpaFormer:
 
         def flat(settings: Settings) -> dict[str, Any]:
             plain = settings.to_dict()
+            training = plain.pop("training")
             del plain["masking_is_auto"]
-            return plain | plain.pop("training")
+            return {**plain, **training}
 
         now = flat(self.settings)
         others = {**vars(self.keys), **{name: getattr(self, name) for name in GRAPH_DEFAULTS}}
@@ -492,10 +493,11 @@ class SpaFormer:
         opened = self._open(adata, keys, None if start is None else self._columns(adata))
         names = pd.Index(adata.var_names.astype(str)) if start is None else self.var_names
         _checks.describe_empty(opened.counts)
-        loaded = self._take(opened, max(LEAST_FITTED, FITTED_ENTRIES // adata.n_vars))
+        loaded = self._take(opened, most_fitted(adata.n_vars))
         _checks.check_enough_cells(self.devices, loaded.counts.shape[0])
         workers = Workers(device)
-        self._state_memory(loaded, kept, workers, tuned=start is not None)
+        masked, tuned = loaded.missing is not None, start is not None
+        self._state_memory(loaded.fields, loaded.counts.shape, loaded.counts.nnz, masked, kept, workers, tuned=tuned)
         self._ranks = join(device) if self.devices > 1 and launched() else ALONE
         if checkpoint is not None:
             checkpoint.writes = self._ranks.first
@@ -523,27 +525,38 @@ class SpaFormer:
         spread.iloc[cells] = self.cell_scores.to_numpy()
         self.cell_scores = spread.astype(self.cell_scores.dtypes)
 
-    def _state_memory(self, loaded: Loaded, kept: int, workers: Workers, *, tuned: bool) -> None:
+    def _state_memory(
+        self,
+        fields: Sequence[FieldOfView],
+        shape: tuple[int, int],
+        n_counts: int,
+        masked: bool,
+        kept: int,
+        workers: Workers,
+        *,
+        tuned: bool = False,
+    ) -> int:
+        """Log the memory that a fit to some FOVs, of ``shape`` cells and genes together, takes; see `state_memory`."""
         from .training.sequences import BUFFER_BYTES
 
         s = self.settings
-        n_cells, n_genes = loaded.counts.shape
-        largest = max(f.n_cells for f in loaded.fields)
+        n_cells, n_genes = shape
+        largest = max(f.n_cells for f in fields)
         forms = [in_form(s, form) for form in s.forms[: s.n_networks]]
         n_together = s.n_networks if tuned else max(len(forms), s.n_networks - len(forms))
-        state_memory(
+        return state_memory(
             n_cells,
             n_genes,
-            n_counts=loaded.counts.nnz,
+            n_counts=n_counts,
             largest_fov=largest,
             step=min(max(form.training.tokens_per_step or largest for form in forms), n_cells),
             buffer=BUFFER_BYTES,
             n_inputs=1 + s.hops,
-            n_decoded=10 if self._decodes_little(loaded.missing is not None) else 14,
+            n_decoded=10 if self._decodes_little(masked) else 14,
             width=40 * max(form.dim for form in forms),
             n_trainings=1 if s.dropout or self.devices > 1 else min(workers.n, n_together),
             n_threads=workers.n,
-            masked=loaded.missing is not None,
+            masked=masked,
             kept=kept,
             n_workers=self.devices if self.devices > 1 and not launched() else 0,
         )
@@ -562,6 +575,27 @@ class SpaFormer:
         start: Start | None,
         workers: Workers,
     ) -> None:
+        split, held_out, data = self._part(loaded, start)
+        if self.devices > self._ranks.size:
+            work = (self, data, split, held_out, checkpoint, start)
+            shape_where_missing, found = launch(_trained, *work, devices=self.devices, device=device, threads=workers.n)
+            for name, value in found.items():
+                setattr(self, name, value)
+            self._networks = [network.to(device) for network in self._networks]
+        else:
+            shape_where_missing = self._train(data, split, held_out, device, checkpoint, start, workers, self._ranks)
+        give_back()
+        self._score(split, loaded, shape_where_missing, workers)
+
+    def _part(
+        self, loaded: Loaded, start: Start | None = None
+    ) -> tuple[HeldOut, NDArray[np.bool_] | None, list[FieldCounts]]:
+        """Hold transcripts out, and entries where others are missing; and learn what networks need to know of the rest.
+
+        Returns
+        -------
+        The parts of the transcripts; entries held out (cells, genes) or None; and the FOVs with what is left.
+        """
         from .data._split import gene_shares, hold_out, hold_out_entries, typical_values
         from .training.sequences import sequences
 
@@ -590,17 +624,7 @@ class SpaFormer:
         self.graph_summary = loaded.graph_summary
         by_fov = self.settings.dispersion == "gene_fov"
         self._fovs = tuple(dict.fromkeys(f.image for f in loaded.fields)) if by_fov else ()
-        data = sequences(loaded.fields, train, missing)
-        if self.devices > self._ranks.size:
-            work = (self, data, split, held_out, checkpoint, start)
-            shape_where_missing, found = launch(_trained, *work, devices=self.devices, device=device, threads=workers.n)
-            for name, value in found.items():
-                setattr(self, name, value)
-            self._networks = [network.to(device) for network in self._networks]
-        else:
-            shape_where_missing = self._train(data, split, held_out, device, checkpoint, start, workers, self._ranks)
-        give_back()
-        self._score(split, loaded, shape_where_missing, workers)
+        return split, held_out, sequences(loaded.fields, train, missing)
 
     def _train(
         self,
@@ -1120,31 +1144,35 @@ class SpaFormer:
         transformed: Literal["refuse", "warn"] = "refuse",
     ) -> Opened:
         """Check everything that is read: counts, FOVs, coordinates, entries not measured, the user's graph."""
-        from .data._counts import in_memory
-        from .data._fields import GraphConfig, Layout
+        from .data._counts import Counts
         from .data._graph import given_graph
         from .data._labels import field_codes
 
-        scanned = matrix = None
-        if _checks.lies_outside_memory(adata, keys.layer):
-            scanned = _checks.scan_counts(adata, keys.layer, transformed=transformed)
-        else:
-            matrix = _checks.read_counts(adata, keys.layer, transformed=transformed)
+        found = read_or_scan(adata, keys.layer, transformed)
         library = _checks.check_library_key(adata, keys.library_key)
         codes, names = field_codes(adata.obs, library)
         coordinates = _checks.check_coordinates(adata, keys.spatial_key, codes)
         missing = _checks.check_layer_of_missing(adata, keys.missing)
         if columns is not None:
             missing = None if missing is None else missing[:, columns]
-            scanned = None if scanned is None else scanned.of(columns)
-            matrix = None if matrix is None else matrix[:, columns].tocsr()
-        if matrix is not None:
-            matrix = matrix if missing is None else _without(matrix, missing)
+            found = found.of(columns) if isinstance(found, Counts) else found[:, columns].tocsr()
         given = None
         if keys.connectivity_key is not None:
             given = given_graph(_checks.check_connectivities(adata, keys.connectivity_key), codes)
+        return Opened(as_counts(found, missing), missing, self._layout(coordinates, codes, names, given))
+
+    def _layout(
+        self,
+        coordinates: NDArray[np.float64],
+        codes: NDArray[np.int64],
+        names: list[str],
+        given: sp.csr_matrix | None,
+    ) -> Layout:
+        """Say how the data are cut into FOVs and tiles, with which graphs and encodings."""
+        from .data._fields import GraphConfig, Layout
+
         positional = self._positional()
-        layout = Layout(
+        return Layout(
             coordinates,
             codes,
             names,
@@ -1154,31 +1182,13 @@ class SpaFormer:
             tile_size=self.tile_size,
             encode=None if positional is None else positional.features,
         )
-        if scanned is None:
-            assert matrix is not None
-            scanned = in_memory(matrix, not _checks.is_whole(matrix))
-        return Opened(scanned, missing, layout)
 
     def _take(self, opened: Opened, most: int | None = None) -> Loaded:
         """Take cells into memory with their FOVs: all, or some FOVs and tiles drawn at random with ``most`` cells."""
-        from .data._fields import fields_of_view, on_their_own, some_images
-        from .data._tiling import is_tiled
-
         layout = opened.layout
         n_cells = len(layout.codes)
-        cells: NDArray[np.int64] | None = None
-        if most is None or n_cells <= most:
-            fields, summary = fields_of_view(layout)
-        else:
-            rng = np.random.default_rng(derived_seed(self.random_state, "cells of the fit"))
-            sizes = np.bincount(layout.codes)
-            tiled = is_tiled(sizes, self.tile_size)
-            measured = None
-            if opened.missing is not None:
-                measured = np.stack([~opened.missing[layout.codes == code].all(axis=0) for code in range(len(sizes))])
-            chosen = some_images(sizes, most, tiled, measured, rng)
-            fields, summary = fields_of_view(layout, chosen, most / n_cells, rng)
-            fields, cells = on_their_own(fields)
+        fields, summary, cells = self._choose(layout, opened.missing, most)
+        if cells is not None:
             logger.info("the model is fitted to %d of %d cells, %d fields of view", len(cells), n_cells, len(fields))
         self._warn_of_components(summary)
         rows = np.arange(n_cells) if cells is None else cells
@@ -1193,6 +1203,27 @@ class SpaFormer:
                 )
         images = layout.codes if cells is None else np.unique(layout.codes[cells], return_inverse=True)[1]
         return Loaded(counts, fields, missing, images, summary, cells)
+
+    def _choose(
+        self, layout: Layout, missing: NDArray[np.bool_] | None, most: int | None = None
+    ) -> tuple[list[FieldOfView], dict[str, Any], NDArray[np.int64] | None]:
+        """Build the FOVs and tiles that :meth:`_take` takes; a summary of the graphs; and the cells, None for all."""
+        from .data._fields import fields_of_view, on_their_own, some_images
+        from .data._tiling import is_tiled
+
+        n_cells = len(layout.codes)
+        if most is None or n_cells <= most:
+            return *fields_of_view(layout), None
+        rng = np.random.default_rng(derived_seed(self.random_state, "cells of the fit"))
+        sizes = np.bincount(layout.codes)
+        tiled = is_tiled(sizes, self.tile_size)
+        measured = None
+        if missing is not None:
+            measured = np.stack([~missing[layout.codes == code].all(axis=0) for code in range(len(sizes))])
+        chosen = some_images(sizes, most, tiled, measured, rng)
+        fields, summary = fields_of_view(layout, chosen, most / n_cells, rng)
+        fields, cells = on_their_own(fields)
+        return fields, summary, cells
 
     def _warn_of_components(self, summary: Mapping[str, int | float]) -> None:
         positional = self._positional()
@@ -1517,6 +1548,30 @@ def resolve_device(device: str, argument: str = "device") -> torch.device:
 def _as_key(library_key: str | Sequence[str] | None) -> str | list[str] | None:
     # Anything else is refused, with a message, when the key is looked up.
     return list(library_key) if isinstance(library_key, (list, tuple)) else library_key  # type: ignore[return-value]
+
+
+def most_fitted(n_genes: int) -> int:
+    """Cells that a model of so many genes is fitted to, about; of more, some fields of view are drawn at random."""
+    return max(LEAST_FITTED, FITTED_ENTRIES // n_genes)
+
+
+def read_or_scan(
+    adata: AnnData, layer: str | None, transformed: Literal["refuse", "warn"] = "refuse"
+) -> sp.csr_matrix | Counts:
+    """Check all counts: a matrix where they are in memory, else what reads them."""
+    if _checks.lies_outside_memory(adata, layer):
+        return _checks.scan_counts(adata, layer, transformed=transformed)
+    return _checks.read_counts(adata, layer, transformed=transformed)
+
+
+def as_counts(found: sp.csr_matrix | Counts, missing: NDArray[np.bool_] | None) -> Counts:
+    """What :func:`read_or_scan` gives as counts, without those of ``missing`` entries where they are in memory."""
+    from .data._counts import Counts, in_memory
+
+    if isinstance(found, Counts):
+        return found
+    matrix = found if missing is None else _without(found, missing)
+    return in_memory(matrix, not _checks.is_whole(matrix))
 
 
 def _without(counts: sp.csr_matrix, entries: NDArray[np.bool_]) -> sp.csr_matrix:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from spaformer_sc import __version__, _checks
 from spaformer_sc._config import ADVANCED, OUTPUTS, TARGET_SUMS, ZEROS
 from spaformer_sc._gather import InMemory, OnDisk
-from spaformer_sc._keys import Keys
+from spaformer_sc._keys import BACK, OF_CELLS, SCORES, Keys
 from spaformer_sc._logging import logger
 from spaformer_sc._memory import size_on_disk, state_disk
 from spaformer_sc._write import check_path, write_atomically, write_result, write_streamed
@@ -28,23 +28,6 @@ if TYPE_CHECKING:
 
     from spaformer_sc.training.posterior import Posterior
 
-SCORES = (
-    "pearson",
-    "pearson_se",
-    "pearson_neighbours",
-    "deviance_explained",
-    "deviance_explained_se",
-    "deviance_explained_neighbours",
-    "gain",
-    "gain_over_baseline",
-    "gain_over_baseline_se",
-    "true_correlation",
-    "true_correlation_se",
-    "held_out",
-    "reliability",
-)
-OF_CELLS = ("depth", "gain", "gain_se", "reliability")
-BACK = ("dispersion", "dispersion_missing")
 LEAST_DETECTION = 0.05
 """Probability that an observed zero would be a count in a second measurement, below which ``zeros="keep"`` keeps it."""
 
@@ -265,22 +248,9 @@ def impute(
     _checks.check_flag("sd", sd)
     _checks.check_flag("copy", copy)
     _checks.check_resume(resume, output_path)
-    if adata.isbacked and adata.is_view and not copy:
-        raise ValueError(
-            "`adata` is a view of a file, which cannot be written to: pass copy=True, or adata.to_memory()."
-        )
-    if adata.is_view and not copy:
-        logger.warning(
-            "`adata` is a view; results are written to a copy of it. Keep the view in a variable to have them."
-        )
+    _checks.check_view(adata, copy)
     keys = Keys(key_added)
-    slots = [
-        *(("layers", name) for name in (keys.layer, keys.sd)),
-        ("obsm", keys.embedding),
-        *(("var", keys.var(score)) for score in (*SCORES, *BACK)),
-        *(("obs", keys.obs(score)) for score in OF_CELLS),
-    ]
-    _checks.check_key_added(adata, key_added, slots=slots, mark="spaformer_sc")
+    _checks.check_key_added(adata, key_added, slots=keys.slots, mark="spaformer_sc")
     if target_sum is not None:
         target_sum = _checks.check_number("target_sum", target_sum, *TARGET_SUMS)
     columns = None if genes is None else _checks.check_genes(adata, genes)
