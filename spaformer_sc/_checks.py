@@ -1040,11 +1040,7 @@ def check_library_key(adata: AnnData, library_key: str | Sequence[str] | None) -
             )
         return None
 
-    columns = [library_key] if isinstance(library_key, str) else library_key
-    if not isinstance(columns, Sequence) or not all(isinstance(column, str) for column in columns):
-        raise TypeError(
-            f"`library_key={library_key!r}` must be the name of a column of `adata.obs` or a list of names."
-        )
+    columns = check_columns(library_key)
     if not columns or len(set(columns)) < len(columns):
         raise ValueError(f"`library_key={library_key!r}` must name at least one column, and none twice.")
     for column in columns:
@@ -1071,6 +1067,37 @@ def check_library_key(adata: AnnData, library_key: str | Sequence[str] | None) -
                 )
                 break
     return list(columns)
+
+
+def check_columns(library_key: Any) -> list[str]:
+    """Check that a `library_key` is the name of a column or a list of such, and return the list.
+
+    Raises
+    ------
+    TypeError
+        If it is anything else.
+    """
+    columns = [library_key] if isinstance(library_key, str) else library_key
+    if not isinstance(columns, Sequence) or not all(isinstance(column, str) for column in columns):
+        raise TypeError(
+            f"`library_key={library_key!r}` must be the name of a column of `adata.obs` or a list of names."
+        )
+    return list(columns)
+
+
+def check_some_left(n_counts: int) -> None:
+    """Check that entries that were measured have counts.
+
+    Raises
+    ------
+    ValueError
+        If there are no counts.
+    """
+    if n_counts == 0:
+        raise ValueError(
+            "`missing` marks every entry that has counts, so that nothing is left to fit; is it the wrong way round? "
+            "It is True where a gene was not measured."
+        )
 
 
 def _check_labels(column: str, labels: pd.Series) -> None:

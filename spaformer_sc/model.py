@@ -1196,11 +1196,7 @@ class SpaFormer:
         missing = None if opened.missing is None else opened.missing if cells is None else opened.missing[cells]
         if missing is not None:
             counts = _without(counts, missing)
-            if counts.nnz == 0:
-                raise ValueError(
-                    "`missing` marks every entry that has counts, so that nothing is left to fit; is it the wrong way "
-                    "round? It is True where a gene was not measured."
-                )
+            _checks.check_some_left(counts.nnz)
         images = layout.codes if cells is None else np.unique(layout.codes[cells], return_inverse=True)[1]
         return Loaded(counts, fields, missing, images, summary, cells)
 
