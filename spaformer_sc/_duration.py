@@ -53,7 +53,7 @@ def duration(model: SpaFormer, opened: Opened, fields: list[FieldOfView]) -> tup
     """
     from .training.mixing import HeldCounts
     from .training.sequences import sequences
-    from .training.trainer import planned_steps
+    from .training.trainer import SHORTENED, planned_steps
 
     trial, device = copy.copy(model), resolve_device(model.device)
     with Workers(device) as workers:
@@ -65,7 +65,7 @@ def duration(model: SpaFormer, opened: Opened, fields: list[FieldOfView]) -> tup
         split, _, data = trial._part(loaded)
         whole = sequences(fields, loaded.counts, None)  # only the sizes of the fields are looked at
         n_fitted = sum(int(field.own.sum()) for field in fields)
-        late, predicting = [], []
+        late, early, shortest, predicting = [], [], [], []
         for form in s.forms[: s.n_networks]:
             training = in_form(s, form).training
             sampler = replace(trial._sampler(device), tokens_per_step=training.tokens_per_step)
@@ -74,14 +74,14 @@ def duration(model: SpaFormer, opened: Opened, fields: list[FieldOfView]) -> tup
             training_time, validation_time, prediction_time = _times(trial, form, some, data, held, workers)
             validations = training.n_validations * min(VALIDATED_CELLS, n_fitted)
             late.append(n_epochs * n_fitted * training_time + validations * validation_time)
+            early.append(late[-1] * min(1.0, (1 + training.patience) / training.n_validations))
+            shortest.append(late[-1] * min(1.0, SHORTENED / training.n_validations))
             predicting.append(prediction_time)
     # The scores take a prediction of what was fitted, the result one of everything.
     n_cells = n_fitted + opened.counts.shape[0]
     prediction = s.n_networks * float(np.mean(predicting)) * n_cells / n_threads
     n_more, n_abreast = s.n_networks - len(late), 1 if s.dropout else n_threads
-    stop = min(1.0, (1 + s.training.patience) / s.training.n_validations)
-    one_more = min(1.0, 1.5 / s.training.n_validations) * min(late)
-    least = _abreast([stop * part for part in late], n_abreast) + _abreast([one_more] * n_more, n_abreast)
+    least = _abreast(early, n_abreast) + _abreast([min(shortest)] * n_more, n_abreast)
     most = _abreast(late, n_abreast) + _abreast([max(late)] * n_more, n_abreast)
     return least + prediction, most + prediction
 

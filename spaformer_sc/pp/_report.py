@@ -92,7 +92,7 @@ class CheckReport:
         badge = "color:#fff;border-radius:3px;padding:1px 6px;background:"
         rows = []
         for finding in self.findings:
-            advice = f"<br><b>→</b> {escape(finding.advice)}" if finding.advice else ""
+            advice = f"<br/><b>→</b> {escape(finding.advice)}" if finding.advice else ""
             rows.append(
                 f'<tr style="background:none"><td style="{cell}">'
                 f'<span style="{badge}{COLOURS[finding.level]}">{finding.level}</span></td>'
