@@ -328,7 +328,9 @@ def test_a_check_says_what_the_function_says(source, capsys, no_training):
     assert [path.name for path in source.parent.iterdir()] == ["in.h5ad"]
 
 
-@pytest.mark.parametrize("arguments", [["--library-key", "FOV"], ["--layer", "raw"], ["--spatial-key", "xy"]])
+@pytest.mark.parametrize(
+    "arguments", [["--library-key", "FOV"], ["--layer", "raw"], ["--library-key", "fov", "--spatial-key", "xy"]]
+)
 def test_the_exit_code_of_a_check_is_that_of_impute(source, tmp_path, capsys, no_training, arguments):
     assert run("check", source, *arguments) == 1
     printed = capsys.readouterr()
