@@ -22,7 +22,7 @@ from spaformer_sc._keys import Keys
 from spaformer_sc._logging import logger
 from spaformer_sc._memory import available_memory
 from spaformer_sc._threads import Workers
-from spaformer_sc.data._labels import field_codes, fov_columns, suggested_library_key
+from spaformer_sc.data._labels import as_frame, field_codes, fov_columns, suggested_library_key
 from spaformer_sc.data._tiling import is_tiled, tile
 from spaformer_sc.model import TEST_SHARE, Opened, SpaFormer, as_counts, most_fitted, read_or_scan, resolve_device
 from spaformer_sc.pp._report import CheckReport, Finding, Level
@@ -366,7 +366,7 @@ def _describe_positions(
         found.add("ok", "positions", text)
     finer = suggested_library_key(adata.obs) if library is None else [*fov_columns(adata.obs), *library]
     finer = list(dict.fromkeys(finer))
-    if set(finer) == set(library or []) or adata.obs[finer].isna().to_numpy().any():
+    if set(finer) == set(library or []) or as_frame(adata.obs, finer).isna().to_numpy().any():
         return
     parts, _ = field_codes(adata.obs, finer)
     if _lie_on_each_other(coordinates, parts, codes):
