@@ -115,6 +115,18 @@ def test_counts_in_a_file_are_read_in_blocks(tissue, tmp_path, monkeypatch):
     assert "with `output_path=`; without it" in found(from_file, "memory")
 
 
+def test_data_that_are_opened_lazily(tissue, tmp_path):
+    pytest.importorskip("xarray")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tissue.write_zarr(tmp_path / "tissue.zarr")
+        lazy = ad.experimental.read_lazy(tmp_path / "tissue.zarr")
+        for key in ("fov", None):
+            report, wanted = check(lazy, library_key=key), check(tissue, library_key=key)
+            for subject in ("counts", "fields of view", "positions", "spatial graph", "what happens"):
+                assert found(report, subject) == found(wanted, subject)
+
+
 def test_messages_and_warnings_are_in_the_report_and_nowhere_else(tissue, caplog):
     tissue.obs_names = ["same"] * tissue.n_obs
     caplog.set_level(logging.DEBUG, "spaformer_sc")
