@@ -14,9 +14,10 @@ _ROOMS = ("datasets", "metrics", "pl", "pp", "tl")
 
 if TYPE_CHECKING:
     from . import datasets, metrics, pl, pp, tl
+    from ._settings import settings
     from .model import SpaFormer
 
-__all__ = ["SpaFormer", "__version__", "datasets", "metrics", "pl", "pp", "tl"]
+__all__ = ["SpaFormer", "__version__", "datasets", "metrics", "pl", "pp", "settings", "tl"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +27,10 @@ def __getattr__(name: str) -> Any:
         from .model import SpaFormer
 
         return SpaFormer
+    if name == "settings":
+        from ._settings import settings
+
+        return settings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -71,9 +71,18 @@ class Cache:
             with self._lock:
                 self.n_bytes += size - self._kept.pop(key, (None, 0))[1]
                 self._kept[key] = entry
-                while self.n_bytes > self.capacity:
-                    self.n_bytes -= self._kept.popitem(last=False)[1][1]
+                self._forget()
         return result
+
+    def resize(self, capacity: int) -> None:
+        """Set the capacity; what no longer fits is forgotten."""
+        with self._lock:
+            self.capacity = capacity
+            self._forget()
+
+    def _forget(self) -> None:
+        while self.n_bytes > self.capacity:
+            self.n_bytes -= self._kept.popitem(last=False)[1][1]
 
 
 remembered = Cache(CAPACITY)

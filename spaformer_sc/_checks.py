@@ -350,7 +350,7 @@ def check_adata(adata: Any) -> None:
     ValueError
         If it has no cells or no genes, or if gene names or columns of ``obs`` or ``var`` occur more than once.
     """
-    _check_is_anndata(adata)
+    check_is_anndata(adata)
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise ValueError(f"`adata` has {adata.n_obs} cells and {adata.n_vars} genes; at least one of each is needed.")
     for slot in ("obs", "var"):
@@ -480,7 +480,32 @@ def check_annotation(sdata: Any, key: str | None) -> tuple[pd.Series, pd.Series]
     return regions, pd.Series(table.obs[attrs["instance_key"]].to_numpy())
 
 
-def _check_is_anndata(adata: Any) -> None:
+def check_view(adata: AnnData, copy: bool) -> None:
+    """Check that results can be written into `adata`, unless they go into a copy; log that a view becomes one.
+
+    Raises
+    ------
+    ValueError
+        If it is a view of a file.
+    """
+    if adata.isbacked and adata.is_view and not copy:
+        raise ValueError(
+            "`adata` is a view of a file, which cannot be written to: pass copy=True, or adata.to_memory()."
+        )
+    if adata.is_view and not copy:
+        logger.warning(
+            "`adata` is a view; results are written to a copy of it. Keep the view in a variable to have them."
+        )
+
+
+def check_is_anndata(adata: Any) -> None:
+    """Check that `adata` is an AnnData.
+
+    Raises
+    ------
+    TypeError
+        If it is not; says where that of a SpatialData, a MuData or a file is found.
+    """
     if isinstance(adata, AnnData):
         return
     kind = type(adata).__name__
@@ -567,8 +592,8 @@ def scan_counts(
         return _as_csr(_in_memory(matrix[rows]), name)
 
     n_cells, n_genes = adata.shape
-    per_cell, per_gene = np.zeros(n_cells), np.zeros(n_genes)
-    doubtful, n_fractional, n_counted = None, 0, 0
+    per_cell, per_gene, n_filled = np.zeros(n_cells), np.zeros(n_genes), np.zeros(n_cells, dtype=np.int64)
+    doubtful, n_fractional = None, 0
     checksum = hashlib.sha256()
     step = max(1, _SCANNED // n_genes)
     for start in range(0, n_cells, step):
@@ -577,7 +602,7 @@ def scan_counts(
         _check_values(adata, layer, block, start)
         per_cell[rows], of_genes = sums(block)
         per_gene += of_genes
-        n_counted += block.nnz
+        n_filled[rows] = np.diff(block.indptr)
         add_to(checksum, block)
         if not is_whole(block):
             doubtful = block if doubtful is None else doubtful
@@ -585,8 +610,9 @@ def scan_counts(
     if not per_cell.any():
         raise ValueError(f"`{name}` has no counts: every entry is zero. {_where_counts_are(adata, layer)}")
     if doubtful is not None:
-        _check_fractions(adata, layer, doubtful, n_fractional / n_counted, transformed)
-    return Counts((n_cells, n_genes), per_cell, per_gene, doubtful is not None, checksum.hexdigest, read)
+        _check_fractions(adata, layer, doubtful, n_fractional / n_filled.sum(), transformed)
+    shape = n_cells, n_genes
+    return Counts(shape, per_cell, per_gene, n_filled, doubtful is not None, checksum.hexdigest, read)
 
 
 def lies_outside_memory(adata: AnnData, layer: str | None) -> bool:
@@ -1248,11 +1274,7 @@ def check_library_key(adata: AnnData, library_key: str | Sequence[str] | None) -
             )
         return None
 
-    columns = [library_key] if isinstance(library_key, str) else library_key
-    if not isinstance(columns, Sequence) or not all(isinstance(column, str) for column in columns):
-        raise TypeError(
-            f"`library_key={library_key!r}` must be the name of a column of `adata.obs` or a list of names."
-        )
+    columns = check_columns(library_key)
     if not columns or len(set(columns)) < len(columns):
         raise ValueError(f"`library_key={library_key!r}` must name at least one column, and none twice.")
     for column in columns:
@@ -1281,6 +1303,37 @@ def check_library_key(adata: AnnData, library_key: str | Sequence[str] | None) -
     return list(columns)
 
 
+def check_columns(library_key: Any) -> list[str]:
+    """Check that a `library_key` is the name of a column or a list of such, and return the list.
+
+    Raises
+    ------
+    TypeError
+        If it is anything else.
+    """
+    columns = [library_key] if isinstance(library_key, str) else library_key
+    if not isinstance(columns, Sequence) or not all(isinstance(column, str) for column in columns):
+        raise TypeError(
+            f"`library_key={library_key!r}` must be the name of a column of `adata.obs` or a list of names."
+        )
+    return list(columns)
+
+
+def check_some_left(n_counts: int) -> None:
+    """Check that entries that were measured have counts.
+
+    Raises
+    ------
+    ValueError
+        If there are no counts.
+    """
+    if n_counts == 0:
+        raise ValueError(
+            "`missing` marks every entry that has counts, so that nothing is left to fit; is it the wrong way round? "
+            "It is True where a gene was not measured."
+        )
+
+
 def _check_labels(column: str, labels: pd.Series) -> None:
     """Check that one column has a label for every cell and holds labels, not measurements."""
     missing = int(labels.isna().sum())
@@ -1299,7 +1352,7 @@ def _check_labels(column: str, labels: pd.Series) -> None:
         if spelled:
             logger.warning(
                 "`library_key=%r`: the label of %d cells is an empty or missing value written as text; "
-                "they are taken as one field of view.",
+                "they are taken as one field of view. Leave them out, or give them labels, if they are not one.",
                 column,
                 spelled,
             )
@@ -1454,7 +1507,7 @@ def check_result(adata: AnnData, key: str, slots: Iterable[tuple[str, str]] = ()
     ValueError
         If it is not a whole result.
     """
-    _check_is_anndata(adata)
+    check_is_anndata(adata)
     check_name("key_added", key)
     if "spaformer_sc" not in _params(adata, key):
         results = [name for name in adata.uns if "spaformer_sc" in _params(adata, name)]

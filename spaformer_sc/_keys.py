@@ -4,6 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SCORES = (
+    "pearson",
+    "pearson_se",
+    "pearson_neighbours",
+    "deviance_explained",
+    "deviance_explained_se",
+    "deviance_explained_neighbours",
+    "gain",
+    "gain_over_baseline",
+    "gain_over_baseline_se",
+    "true_correlation",
+    "true_correlation_se",
+    "held_out",
+    "reliability",
+)
+"""Scores of genes."""
+
+BACK = ("dispersion", "dispersion_missing")
+"""What leads back from log-normalised values of genes to counts."""
+
+OF_CELLS = ("depth", "gain", "gain_se", "reliability")
+"""Depth and scores of cells."""
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -49,3 +72,13 @@ class Keys:
     def obs(self, score: str) -> str:
         """Score per cell, ``adata.obs``."""
         return f"{self.key_added}_{score}"
+
+    @property
+    def slots(self) -> list[tuple[str, str]]:
+        """All that ``tl.impute`` writes but ``uns``, as pairs of attribute and key."""
+        return [
+            *(("layers", name) for name in (self.layer, self.sd)),
+            ("obsm", self.embedding),
+            *(("var", self.var(score)) for score in (*SCORES, *BACK)),
+            *(("obs", self.obs(score)) for score in OF_CELLS),
+        ]

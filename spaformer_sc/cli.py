@@ -1,4 +1,4 @@
-"""Command line: ``spaformer-sc impute`` and ``spaformer-sc demo``."""
+"""Command line: ``spaformer-sc check``, ``impute`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ DESCRIPTION = """\
 Fill in missing gene expression in cell-resolution spatial transcriptomics (CosMx, Xenium, MERFISH, seqFISH, STARmap).
 
   spaformer-sc demo                                        try it on a simulated tissue
-  spaformer-sc impute in.h5ad out.h5ad --library-key fov   impute your own data
+  spaformer-sc check in.h5ad --library-key fov             look at your own data: what will be done, what it takes
+  spaformer-sc impute in.h5ad out.h5ad --library-key fov   impute them
 """
 
 IMPUTE = """\
@@ -40,6 +41,13 @@ unfinished run has done stays in OUT.partial, from where --resume goes on.
 
 Added: layers["spaformer"] (imputed expression), obsm["X_spaformer"] (latent space), var["spaformer_*"] and
 obs["spaformer_*"] (held-out scores of genes and cells), uns["spaformer"] (parameters, training history, other scores).
+"""
+
+CHECK = """\
+Read an AnnData with raw counts and coordinates, and print what is in it, what impute with the same options will do, and
+what memory and time that takes. Nothing is written.
+
+Exit code: 0 if impute takes the data, 1 if not (or if IN cannot be read), 2 for options that do not exist.
 """
 
 
@@ -63,23 +71,9 @@ def _setting(text: str) -> tuple[str, Any]:
     return name, int(found) if isinstance(found, float) and found.is_integer() else found
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="spaformer-sc", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=f"spaformer-sc {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    impute = commands.add_parser(
-        "impute",
-        help="impute an .h5ad or .zarr file",
-        usage="%(prog)s IN OUT [--library-key COLUMN] [options]",
-        description=IMPUTE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    impute.add_argument("input", metavar="IN", help="AnnData with raw counts, or SpatialData: .h5ad or .zarr")
-    impute.add_argument("output", metavar="OUT", help="where the result goes: .h5ad or .zarr")
-    where = impute.add_argument_group("where the data are")
+def _add_where(command: argparse.ArgumentParser) -> None:
+    """Options that say where the data are."""
+    where = command.add_argument_group("where the data are")
     where.add_argument("--table-key", metavar="NAME", help="table of a SpatialData, where there are several")
     where.add_argument(
         "--library-key",
@@ -92,27 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--connectivity-key", metavar="KEY", help="use this graph in obsp in place of building one")
     where.add_argument("--layer", metavar="NAME", help="layer of raw counts (default: X)")
     where.add_argument("--missing", metavar="NAME", help="layer that is True where a gene was not measured in a cell")
-    what = impute.add_argument_group("what is written")
-    what.add_argument(
-        "--scale",
-        "--output",
-        dest="scale",
-        choices=OUTPUTS,
-        default="lognorm",
-        help="scale of the result (default: lognorm)",
-    )
-    what.add_argument(
-        "--target-sum", type=float, metavar="N", help="library size for lognorm and rate (default: median)"
-    )
-    what.add_argument("--genes", type=_names, metavar="A,B,C", help="write only these genes (default: all)")
-    what.add_argument(
-        "--zeros", choices=ZEROS, default="impute", help="keep: zeros that a second look would find again stay 0"
-    )
-    what.add_argument("--sd", action="store_true", help="also write a layer of standard deviations")
-    what.add_argument(
-        "--key-added", default="spaformer", metavar="KEY", help="name of the results (default: spaformer)"
-    )
-    model = impute.add_argument_group("the model")
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    """Options that say what the model is."""
+    model = command.add_argument_group("the model")
     model.add_argument(
         "--quality",
         choices=QUALITIES,
@@ -152,6 +130,46 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--radius", type=float, metavar="R", help="radius of radius, in the unit of the coordinates")
     model.add_argument("--max-epochs", type=int, metavar="N", help="most passes over all cells (default: automatic)")
     model.add_argument("--tile-size", type=int, default=4000, metavar="N", help="most cells of a tile (default: 4000)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spaformer-sc", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"spaformer-sc {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    impute = commands.add_parser(
+        "impute",
+        help="impute an .h5ad or .zarr file",
+        usage="%(prog)s IN OUT [--library-key COLUMN] [options]",
+        description=IMPUTE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    impute.add_argument("input", metavar="IN", help="AnnData with raw counts, or SpatialData: .h5ad or .zarr")
+    impute.add_argument("output", metavar="OUT", help="where the result goes: .h5ad or .zarr")
+    _add_where(impute)
+    what = impute.add_argument_group("what is written")
+    what.add_argument(
+        "--scale",
+        "--output",
+        dest="scale",
+        choices=OUTPUTS,
+        default="lognorm",
+        help="scale of the result (default: lognorm)",
+    )
+    what.add_argument(
+        "--target-sum", type=float, metavar="N", help="library size for lognorm and rate (default: median)"
+    )
+    what.add_argument("--genes", type=_names, metavar="A,B,C", help="write only these genes (default: all)")
+    what.add_argument(
+        "--zeros", choices=ZEROS, default="impute", help="keep: zeros that a second look would find again stay 0"
+    )
+    what.add_argument("--sd", action="store_true", help="also write a layer of standard deviations")
+    what.add_argument(
+        "--key-added", default="spaformer", metavar="KEY", help="name of the results (default: spaformer)"
+    )
+    _add_model(impute)
     run = impute.add_argument_group("the run")
     run.add_argument("--random-state", type=int, default=0, metavar="SEED", help="seed of everything random")
     run.add_argument(
@@ -163,6 +181,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
     run.add_argument("--quiet", action="store_true", help="no progress bar and no messages but warnings")
+    run.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+    check = commands.add_parser(
+        "check",
+        help="look at an .h5ad or .zarr file: can it be imputed, how, and what does it take?",
+        usage="%(prog)s IN [--library-key COLUMN] [options]",
+        description=CHECK,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("input", metavar="IN", help="AnnData with raw counts, or SpatialData: .h5ad or .zarr")
+    _add_where(check)
+    _add_model(check)
+    run = check.add_argument_group("the check")
+    run.add_argument("--no-timing", action="store_true", help="do not train for a moment to estimate the time of a run")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, … (default: auto)")
+    run.add_argument("--threads", type=int, metavar="N", help="processor threads (default: all cores)")
+    run.add_argument("--quiet", action="store_true", help="print nothing; the exit code tells")
     run.add_argument("--debug", action="store_true", help="show where an error comes from")
 
     demo = commands.add_parser(
@@ -203,52 +238,57 @@ def _read(path: str, table_key: str | None) -> AnnData:
         raise ValueError(f"`IN={path!r}` cannot be read as an AnnData: {error}") from error
 
 
-def _impute(arguments: argparse.Namespace) -> None:
+def _impute(arguments: argparse.Namespace) -> int:
     from . import tl
 
     check_path("OUT", arguments.output)
     if Path(arguments.output).resolve() == Path(arguments.input).resolve():
         raise ValueError(f"`OUT={arguments.output!r}` is the input file, which is not changed; choose another name.")
     adata = _read(arguments.input, arguments.table_key)
-    key = arguments.library_key
-    positional = arguments.positional
     tl.impute(
         adata,
-        library_key=key[0] if key and len(key) == 1 else key,
-        spatial_key=arguments.spatial_key,
-        connectivity_key=arguments.connectivity_key,
-        layer=arguments.layer,
-        missing=arguments.missing,
+        **_chosen(arguments),
         genes=arguments.genes,
         output=arguments.scale,
         target_sum=arguments.target_sum,
         zeros=arguments.zeros,
         sd=arguments.sd,
         key_added=arguments.key_added,
-        quality=arguments.quality,
-        preset=arguments.preset,
-        positional="auto" if positional is None else None if positional == ["none"] else positional,
-        variational=arguments.variational,
-        masking=arguments.masking or "auto",
-        n_latent=arguments.n_latent,
-        tile_size=arguments.tile_size,
-        encoder=arguments.encoder,
-        decoder=arguments.decoder,
-        graph=arguments.graph,
-        n_neighbors=arguments.n_neighbors,
-        radius=arguments.radius,
-        max_epochs=arguments.max_epochs,
-        settings=dict(arguments.settings) or None,
         random_state=arguments.random_state,
-        device=arguments.device,
         devices=arguments.devices,
-        progress=not arguments.quiet,
+        progress=False if arguments.quiet else None,
         output_path=arguments.output,
         resume=arguments.resume,
     )
+    return 0
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where the data are, and what the model is, as arguments of a function."""
+    key, positional = arguments.library_key, arguments.positional
+    names = (
+        *("spatial_key", "connectivity_key", "layer", "missing", "quality", "preset", "variational", "n_latent"),
+        *("tile_size", "encoder", "decoder", "graph", "n_neighbors", "radius", "max_epochs", "device"),
+    )
+    return {
+        **{name: getattr(arguments, name) for name in names},
+        "library_key": key[0] if key and len(key) == 1 else key,
+        "positional": "auto" if positional is None else None if positional == ["none"] else positional,
+        "masking": arguments.masking or "auto",
+        "settings": dict(arguments.settings) or None,
+    }
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from . import pp
+
+    report = pp.check(_read(arguments.input, arguments.table_key), **_chosen(arguments), timing=not arguments.no_timing)
+    if not arguments.quiet:
+        print(report)
+    return 0 if report.ok else 1
+
+
+def _demo(arguments: argparse.Namespace) -> int:
     from ._demo import run_demo
 
     run_demo(
@@ -260,6 +300,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         random_state=arguments.random_state,
         progress=not arguments.quiet,
     )
+    return 0
 
 
 def _show_warning(
@@ -324,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.set_num_threads(arguments.threads)
         with warnings.catch_warnings(), _terminated_in_order():
             warnings.showwarning = _show_warning
-            (_impute if arguments.command == "impute" else _demo)(arguments)
+            return {"check": _check, "impute": _impute, "demo": _demo}[arguments.command](arguments)
     except (ImportError, KeyError, TypeError, ValueError, OSError, RuntimeError, MemoryError) as error:
         if arguments.debug:
             raise
@@ -346,7 +387,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Terminated:
         print("spaformer-sc: terminated.", file=sys.stderr)
         return 143
-    return 0
 
 
 def program() -> None:

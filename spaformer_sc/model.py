@@ -17,12 +17,25 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from . import __version__, _checks
-from ._config import ADVANCED, FORMS, GRAPHS, OUTPUTS, TARGET_SUMS, Settings, Training, in_form, resolve, with_missing
+from ._config import (
+    ADVANCED,
+    FORMS,
+    GRAPHS,
+    OUTPUTS,
+    PAPER,
+    TARGET_SUMS,
+    Settings,
+    Training,
+    in_form,
+    resolve,
+    with_missing,
+)
 from ._data_objects import takes_tables
 from ._gather import Block, Gathered, InMemory
 from ._logging import logger
 from ._memory import give_back, state_memory
 from ._saved import UNREADABLE, read_model, write_model
+from ._settings import settings as defaults
 from ._threads import Workers, wait_patiently
 from .training.ranks import ALONE, Ranks, join, launch, launched
 
@@ -65,6 +78,9 @@ LED_BACK, LEAST_LED_BACK = 1000, 10
 
 LEAST_VALIDATIONS = 10
 """Validations of a network that is tuned, however few its steps; each takes as long as some steps."""
+
+GRAPH_DEFAULTS = {"graph": "knn", "n_neighbors": 6, "radius": None, "tile_size": 4000, "random_state": 0}
+"""What these arguments are unless they are given."""
 
 AS_FITTED = "as fitted"
 """Default of arguments that say where data are found: as in the fit."""
@@ -185,6 +201,8 @@ class SpaFormer:
         Every choice, "auto" decided.
     var_names
         Genes of the fit, in order; None before it.
+    n_cells
+        Number of cells of the fit; None before it.
     scores
         Scores on held-out counts over all genes; see :func:`spaformer_sc.tl.impute`.
     fractional
@@ -234,7 +252,7 @@ class SpaFormer:
         device: str = "auto",
         devices: int = 1,
         random_state: int = 0,
-        progress: bool = True,
+        progress: bool | None = None,
     ) -> None:
         _checks.check_choice("graph", graph, GRAPHS)
         if graph == "radius" and radius is None:
@@ -246,8 +264,9 @@ class SpaFormer:
         self.n_neighbors = _checks.check_integer("n_neighbors", n_neighbors)
         self.tile_size = _checks.check_integer("tile_size", tile_size, minimum=50)
         self.random_state = _checks.check_integer("random_state", random_state, minimum=0)
-        self.progress = _checks.check_flag("progress", progress)
-        self.device = device
+        self.progress = _checks.check_flag("progress", defaults.progress if progress is None else progress)
+        # What "auto" is now: settings may change while the model is in use.
+        self.device = defaults.device if isinstance(device, str) and device == "auto" else device
         self.devices = _checks.check_devices(devices)
         self._ranks = ALONE
         self._chosen: Settings = resolve(
@@ -265,6 +284,7 @@ class SpaFormer:
         self.settings = self._chosen
         self.keys = DataKeys(_as_key(library_key), spatial_key, connectivity_key, layer, missing)
         self.var_names: pd.Index | None = None
+        self.n_cells: int | None = None
         self.scores: dict[str, float] = {}
         self.gene_scores = pd.DataFrame()
         self.cell_scores = pd.DataFrame()
@@ -285,13 +305,43 @@ class SpaFormer:
         self._weights: NDArray[np.float64] = np.zeros((2, 0))
 
     def __repr__(self) -> str:
-        s = self.settings
-        state = "not fitted" if self.var_names is None else f"fitted on {len(self.var_names)} genes"
-        space = ", ".join(s.positional) or "none"
-        return (
-            f"SpaFormer({state}; encoder={s.encoder}, {s.n_layers} layers of {s.dim}; decoder={s.decoder}; "
-            f"positional: {space}; masking: {', '.join(s.masking)}; n_latent={s.n_latent})"
-        )
+        lines = [f"choices: {self._choices()}"]
+        if self.var_names is None:
+            return "\n  ".join(["SpaFormer, not fitted", *lines])
+        cells = "" if self.n_cells is None else f"{self.n_cells:,} cells × "
+        n_fovs = self.graph_summary["n_fovs"]
+        fovs = "1 field of view" if n_fovs == 1 else f"{n_fovs:,} fields of view"
+        weights = [f"{form} {weight:.2f}" for form, weight in zip(self._forms, self._weights[0], strict=True)]
+        lines += [f"networks: {len(weights)}, with their weights: {', '.join(weights)}"]
+        if np.isfinite(self.scores["gain"]):
+            lines.append(
+                f"held-out gain: {self.scores['gain']:.3f} nats per transcript over gene means, "
+                f"{self.scores['gain_over_baseline']:.3f} over gene means and own counts"
+            )
+        verdicts = self.gene_scores["reliability"].value_counts(sort=False)
+        lines.append("genes: " + ", ".join(f"{n:,} {verdict}" for verdict, n in verdicts[::-1].items()))
+        return "\n  ".join([f"SpaFormer, fitted to {cells}{len(self.var_names):,} genes in {fovs}", *lines])
+
+    def _choices(self) -> str:
+        """Choices that differ from those of the preset that they are nearest to."""
+
+        def flat(settings: Settings) -> dict[str, Any]:
+            plain = settings.to_dict()
+            training = plain.pop("training")
+            del plain["masking_is_auto"]
+            return {**plain, **training}
+
+        now = flat(self.settings)
+        others = {**vars(self.keys), **{name: getattr(self, name) for name in GRAPH_DEFAULTS}}
+        usual = {**vars(DataKeys(None, "spatial", None, None, None)), **GRAPH_DEFAULTS}
+        by_preset = {
+            preset: [f"{name}={value!r}" for name, value in now.items() if value != flat(base)[name]]
+            for preset, base in (("default", Settings()), ("paper", PAPER))
+        }
+        preset = min(by_preset, key=lambda name: len(by_preset[name]))
+        changed = [f"{name}={value!r}" for name, value in others.items() if value != usual[name]]
+        changed = [*([] if preset == "default" else [f"preset={preset!r}"]), *changed, *by_preset[preset]]
+        return ", ".join(changed) or "the defaults"
 
     # --- fitting ------------------------------------------------------------------------------------------------------
 
@@ -454,10 +504,11 @@ class SpaFormer:
         names = pd.Index(adata.var_names.astype(str)) if start is None else self.var_names
         _checks.describe_empty(opened.counts)
         _checks.describe_controls(adata)
-        loaded = self._take(opened, max(LEAST_FITTED, FITTED_ENTRIES // adata.n_vars))
+        loaded = self._take(opened, most_fitted(adata.n_vars))
         _checks.check_enough_cells(self.devices, loaded.counts.shape[0])
         workers = Workers(device)
-        self._state_memory(loaded, kept, workers, tuned=start is not None)
+        masked, tuned = loaded.missing is not None, start is not None
+        self._state_memory(loaded.fields, loaded.counts.shape, loaded.counts.nnz, masked, kept, workers, tuned=tuned)
         self._ranks = join(device) if self.devices > 1 and launched() else ALONE
         if checkpoint is not None:
             checkpoint.writes = self._ranks.first
@@ -467,6 +518,7 @@ class SpaFormer:
         # From here on the earlier fit is gone: were this one interrupted, the model would be unfitted, not half fitted.
         self.var_names = None
         self.keys = keys
+        self.n_cells = loaded.counts.shape[0]
         self.fractional = opened.counts.fractional
         self.settings = with_missing(self._chosen, loaded.hidden_as)
         with workers:
@@ -484,27 +536,38 @@ class SpaFormer:
         spread.iloc[cells] = self.cell_scores.to_numpy()
         self.cell_scores = spread.astype(self.cell_scores.dtypes)
 
-    def _state_memory(self, loaded: Loaded, kept: int, workers: Workers, *, tuned: bool) -> None:
+    def _state_memory(
+        self,
+        fields: Sequence[FieldOfView],
+        shape: tuple[int, int],
+        n_counts: int,
+        masked: bool,
+        kept: int,
+        workers: Workers,
+        *,
+        tuned: bool = False,
+    ) -> int:
+        """Log the memory that a fit to some FOVs, of ``shape`` cells and genes together, takes; see `state_memory`."""
         from .training.sequences import BUFFER_BYTES
 
         s = self.settings
-        n_cells, n_genes = loaded.counts.shape
-        largest = max(f.n_cells for f in loaded.fields)
+        n_cells, n_genes = shape
+        largest = max(f.n_cells for f in fields)
         forms = [in_form(s, form) for form in s.forms[: s.n_networks]]
         n_together = s.n_networks if tuned else max(len(forms), s.n_networks - len(forms))
-        state_memory(
+        return state_memory(
             n_cells,
             n_genes,
-            n_counts=loaded.counts.nnz,
+            n_counts=n_counts,
             largest_fov=largest,
             step=min(max(form.training.tokens_per_step or largest for form in forms), n_cells),
             buffer=BUFFER_BYTES,
             n_inputs=1 + s.hops,
-            n_decoded=10 if self._decodes_little(loaded.missing is not None) else 14,
+            n_decoded=10 if self._decodes_little(masked) else 14,
             width=40 * max(form.dim for form in forms),
             n_trainings=1 if s.dropout or self.devices > 1 else min(workers.n, n_together),
             n_threads=workers.n,
-            masked=loaded.missing is not None,
+            masked=masked,
             kept=kept,
             n_workers=self.devices if self.devices > 1 and not launched() else 0,
         )
@@ -523,6 +586,27 @@ class SpaFormer:
         start: Start | None,
         workers: Workers,
     ) -> None:
+        split, held_out, data = self._part(loaded, start)
+        if self.devices > self._ranks.size:
+            work = (self, data, split, held_out, checkpoint, start)
+            shape_where_missing, found = launch(_trained, *work, devices=self.devices, device=device, threads=workers.n)
+            for name, value in found.items():
+                setattr(self, name, value)
+            self._networks = [network.to(device) for network in self._networks]
+        else:
+            shape_where_missing = self._train(data, split, held_out, device, checkpoint, start, workers, self._ranks)
+        give_back()
+        self._score(split, loaded, shape_where_missing, workers)
+
+    def _part(
+        self, loaded: Loaded, start: Start | None = None
+    ) -> tuple[HeldOut, NDArray[np.bool_] | None, list[FieldCounts]]:
+        """Hold transcripts out, and entries where others are missing; and learn what networks need to know of the rest.
+
+        Returns
+        -------
+        The parts of the transcripts; entries held out (cells, genes) or None; and the FOVs with what is left.
+        """
         from .data._split import gene_shares, hold_out, hold_out_entries, typical_values
         from .training.sequences import sequences
 
@@ -551,17 +635,7 @@ class SpaFormer:
         self.graph_summary = loaded.graph_summary
         by_fov = self.settings.dispersion == "gene_fov"
         self._fovs = tuple(dict.fromkeys(f.image for f in loaded.fields)) if by_fov else ()
-        data = sequences(loaded.fields, train, missing)
-        if self.devices > self._ranks.size:
-            work = (self, data, split, held_out, checkpoint, start)
-            shape_where_missing, found = launch(_trained, *work, devices=self.devices, device=device, threads=workers.n)
-            for name, value in found.items():
-                setattr(self, name, value)
-            self._networks = [network.to(device) for network in self._networks]
-        else:
-            shape_where_missing = self._train(data, split, held_out, device, checkpoint, start, workers, self._ranks)
-        give_back()
-        self._score(split, loaded, shape_where_missing, workers)
+        return split, held_out, sequences(loaded.fields, train, missing)
 
     def _train(
         self,
@@ -1087,16 +1161,11 @@ class SpaFormer:
         transformed: Literal["refuse", "warn"] = "refuse",
     ) -> Opened:
         """Check everything that is read: counts, FOVs, coordinates, entries not measured, the user's graph."""
-        from .data._counts import in_memory
-        from .data._fields import GraphConfig, Layout
+        from .data._counts import Counts
         from .data._graph import given_graph
         from .data._labels import field_codes
 
-        scanned = matrix = None
-        if _checks.lies_outside_memory(adata, keys.layer):
-            scanned = _checks.scan_counts(adata, keys.layer, transformed=transformed)
-        else:
-            matrix = _checks.read_counts(adata, keys.layer, transformed=transformed)
+        found = read_or_scan(adata, keys.layer, transformed)
         library = _checks.check_library_key(adata, keys.library_key)
         codes, names = field_codes(adata.obs, library)
         coordinates = _checks.check_coordinates(adata, keys.spatial_key, codes)
@@ -1104,15 +1173,24 @@ class SpaFormer:
         missing = _checks.check_layer_of_missing(adata, keys.missing)
         if columns is not None:
             missing = None if missing is None else missing[:, columns]
-            scanned = None if scanned is None else scanned.of(columns)
-            matrix = None if matrix is None else matrix[:, columns].tocsr()
-        if matrix is not None:
-            matrix = matrix if missing is None else _without(matrix, missing)
+            found = found.of(columns) if isinstance(found, Counts) else found[:, columns].tocsr()
         given = None
         if keys.connectivity_key is not None:
             given = given_graph(_checks.check_connectivities(adata, keys.connectivity_key), codes)
+        return Opened(as_counts(found, missing), missing, self._layout(coordinates, codes, names, given))
+
+    def _layout(
+        self,
+        coordinates: NDArray[np.float64],
+        codes: NDArray[np.int64],
+        names: list[str],
+        given: sp.csr_matrix | None,
+    ) -> Layout:
+        """Say how the data are cut into FOVs and tiles, with which graphs and encodings."""
+        from .data._fields import GraphConfig, Layout
+
         positional = self._positional()
-        layout = Layout(
+        return Layout(
             coordinates,
             codes,
             names,
@@ -1122,31 +1200,13 @@ class SpaFormer:
             tile_size=self.tile_size,
             encode=None if positional is None else positional.features,
         )
-        if scanned is None:
-            assert matrix is not None
-            scanned = in_memory(matrix, not _checks.is_whole(matrix))
-        return Opened(scanned, missing, layout)
 
     def _take(self, opened: Opened, most: int | None = None) -> Loaded:
         """Take cells into memory with their FOVs: all, or some FOVs and tiles drawn at random with ``most`` cells."""
-        from .data._fields import fields_of_view, on_their_own, some_images
-        from .data._tiling import is_tiled
-
         layout = opened.layout
         n_cells = len(layout.codes)
-        cells: NDArray[np.int64] | None = None
-        if most is None or n_cells <= most:
-            fields, summary = fields_of_view(layout)
-        else:
-            rng = np.random.default_rng(derived_seed(self.random_state, "cells of the fit"))
-            sizes = np.bincount(layout.codes)
-            tiled = is_tiled(sizes, self.tile_size)
-            measured = None
-            if opened.missing is not None:
-                measured = np.stack([~opened.missing[layout.codes == code].all(axis=0) for code in range(len(sizes))])
-            chosen = some_images(sizes, most, tiled, measured, rng)
-            fields, summary = fields_of_view(layout, chosen, most / n_cells, rng)
-            fields, cells = on_their_own(fields)
+        fields, summary, cells = self._choose(layout, opened.missing, most)
+        if cells is not None:
             logger.info("the model is fitted to %d of %d cells, %d fields of view", len(cells), n_cells, len(fields))
         self._warn_of_components(summary)
         rows = np.arange(n_cells) if cells is None else cells
@@ -1154,13 +1214,30 @@ class SpaFormer:
         missing = None if opened.missing is None else opened.missing if cells is None else opened.missing[cells]
         if missing is not None:
             counts = _without(counts, missing)
-            if counts.nnz == 0:
-                raise ValueError(
-                    "`missing` marks every entry that has counts, so that nothing is left to fit; is it the wrong way "
-                    "round? It is True where a gene was not measured."
-                )
+            _checks.check_some_left(counts.nnz)
         images = layout.codes if cells is None else np.unique(layout.codes[cells], return_inverse=True)[1]
         return Loaded(counts, fields, missing, images, summary, cells)
+
+    def _choose(
+        self, layout: Layout, missing: NDArray[np.bool_] | None, most: int | None = None
+    ) -> tuple[list[FieldOfView], dict[str, Any], NDArray[np.int64] | None]:
+        """Build the FOVs and tiles that :meth:`_take` takes; a summary of the graphs; and the cells, None for all."""
+        from .data._fields import fields_of_view, on_their_own, some_images
+        from .data._tiling import is_tiled
+
+        n_cells = len(layout.codes)
+        if most is None or n_cells <= most:
+            return *fields_of_view(layout), None
+        rng = np.random.default_rng(derived_seed(self.random_state, "cells of the fit"))
+        sizes = np.bincount(layout.codes)
+        tiled = is_tiled(sizes, self.tile_size)
+        measured = None
+        if missing is not None:
+            measured = np.stack([~missing[layout.codes == code].all(axis=0) for code in range(len(sizes))])
+        chosen = some_images(sizes, most, tiled, measured, rng)
+        fields, summary = fields_of_view(layout, chosen, most / n_cells, rng)
+        fields, cells = on_their_own(fields)
+        return fields, summary, cells
 
     def _warn_of_components(self, summary: Mapping[str, int | float]) -> None:
         positional = self._positional()
@@ -1306,6 +1383,7 @@ class SpaFormer:
             "tile_size": self.tile_size,
             "random_state": self.random_state,
             "var_names": list(self.var_names),
+            "n_cells": self.n_cells,
             "target_sum": self.target_sum,
             "model_sum": self._model_sum,
             "fractional": self.fractional,
@@ -1324,7 +1402,7 @@ class SpaFormer:
         write_model(path, description, weights, overwrite=overwrite)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: str = "auto", progress: bool = True) -> SpaFormer:
+    def load(cls, path: str | os.PathLike[str], *, device: str = "auto", progress: bool | None = None) -> SpaFormer:
         """Load a model saved with :meth:`save`. Nothing in the file is executed.
 
         Parameters
@@ -1345,7 +1423,7 @@ class SpaFormer:
         from .training.reliability import LEVELS
 
         target = resolve_device(device)
-        progress = _checks.check_flag("progress", progress)
+        progress = _checks.check_flag("progress", defaults.progress if progress is None else progress)
         description, weights = read_model(path)
         try:
             graph = description["graph"]
@@ -1366,6 +1444,8 @@ class SpaFormer:
             model._model_sum = _checks.check_number("model_sum", description["model_sum"], *TARGET_SUMS)
             model.fractional = _checks.check_flag("fractional", description["fractional"])
             model._fovs = tuple(str(name) for name in description.get("fovs", []))
+            n_cells = description.get("n_cells")
+            model.n_cells = None if n_cells is None else _checks.check_integer("n_cells", n_cells)
             model._forms = [str(form) for form in description["networks"]["form"]]
             names = ("weight", "weight_where_missing")
             model._weights = np.array([description["networks"][name] for name in names], dtype=np.float64)
@@ -1449,8 +1529,8 @@ def _trained(
     return shape, {name: getattr(model, name) for name in ("_networks", "_forms", "_weights", "history")}
 
 
-def resolve_device(device: str) -> torch.device:
-    """Device by name; "auto" is the first GPU if there is one.
+def resolve_device(device: str, argument: str = "device") -> torch.device:
+    """Device by name; "auto" is that of ``settings``, by default the first GPU if there is one.
 
     Raises
     ------
@@ -1462,22 +1542,50 @@ def resolve_device(device: str) -> torch.device:
     wait_patiently()
     import torch
 
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
+        device = defaults.device
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(device, str | torch.device):
-        raise TypeError(f"`device={device!r}` must be a string, such as 'auto', 'cpu' or 'cuda:1'.")
+        raise TypeError(f"`{argument}={device!r}` must be a string, such as 'auto', 'cpu' or 'cuda:1'.")
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"`device={device!r}` cannot be used here ({reason}); 'auto' and 'cpu' always can.") from error
+        raise ValueError(
+            f"`{argument}={device!r}` cannot be used here ({reason}); 'auto' and 'cpu' always can."
+        ) from error
     return found
 
 
 def _as_key(library_key: str | Sequence[str] | None) -> str | list[str] | None:
     # Anything else is refused, with a message, when the key is looked up.
     return list(library_key) if isinstance(library_key, (list, tuple)) else library_key  # type: ignore[return-value]
+
+
+def most_fitted(n_genes: int) -> int:
+    """Cells that a model of so many genes is fitted to, about; of more, some fields of view are drawn at random."""
+    return max(LEAST_FITTED, FITTED_ENTRIES // n_genes)
+
+
+def read_or_scan(
+    adata: AnnData, layer: str | None, transformed: Literal["refuse", "warn"] = "refuse"
+) -> sp.csr_matrix | Counts:
+    """Check all counts: a matrix where they are in memory, else what reads them."""
+    if _checks.lies_outside_memory(adata, layer):
+        return _checks.scan_counts(adata, layer, transformed=transformed)
+    return _checks.read_counts(adata, layer, transformed=transformed)
+
+
+def as_counts(found: sp.csr_matrix | Counts, missing: NDArray[np.bool_] | None) -> Counts:
+    """What :func:`read_or_scan` gives as counts, without those of ``missing`` entries where they are in memory."""
+    from .data._counts import Counts, in_memory
+
+    if isinstance(found, Counts):
+        return found
+    matrix = found if missing is None else _without(found, missing)
+    return in_memory(matrix, not _checks.is_whole(matrix))
 
 
 def _without(counts: sp.csr_matrix, entries: NDArray[np.bool_]) -> sp.csr_matrix:

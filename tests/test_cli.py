@@ -16,6 +16,7 @@ import pytest
 
 import spaformer_sc as sf
 from spaformer_sc import cli
+from spaformer_sc.pp._report import CheckReport
 from tests.conftest import contents, plain, sha256
 
 RESULTS = {"layers/spaformer", "obsm/X_spaformer", "uns/spaformer"}
@@ -249,7 +250,7 @@ def test_a_warning_is_one_line_too(source, tmp_path, capsys):
 
 
 def test_help_reads_well(capsys):
-    for arguments in ([], ["impute"], ["demo"]):
+    for arguments in ([], ["check"], ["impute"], ["demo"]):
         with pytest.raises(SystemExit) as stop:
             run(*arguments, "--help")
         assert stop.value.code == 0
@@ -305,6 +306,65 @@ def test_the_console_script(source, tmp_path):
     assert f"wrote {out}" in done.stderr
     assert "Warning" not in done.stderr
     same(ad.read_h5ad(out), expected(source))
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+OF_CHECK = OF_THE_PROGRAM | {"--no-timing", "--quiet"}
+
+
+def test_a_check_says_what_the_function_says(source, capsys, no_training):
+    before = sha256(source)
+    assert run("check", source, "--library-key", "fov", "--quality", "fast", "--no-timing") == 0
+    printed = capsys.readouterr()
+    adata = ad.read_h5ad(source, backed="r")
+    wanted = repr(sf.pp.check(adata, library_key="fov", quality="fast", timing=False))
+    # How much memory is free changes.
+    assert [line for line in printed.out.splitlines() if "MiB" not in line] == [
+        line for line in wanted.splitlines() if "MiB" not in line
+    ]
+    assert printed.err == ""
+    assert sha256(source) == before
+    assert [path.name for path in source.parent.iterdir()] == ["in.h5ad"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--library-key", "FOV"], ["--layer", "raw"], ["--library-key", "fov", "--spatial-key", "xy"]]
+)
+def test_the_exit_code_of_a_check_is_that_of_impute(source, tmp_path, capsys, no_training, arguments):
+    assert run("check", source, *arguments) == 1
+    printed = capsys.readouterr()
+    assert run("impute", source, tmp_path / "out.h5ad", *arguments) == 1
+    message = capsys.readouterr().err.splitlines()[-1].removeprefix("spaformer-sc: ")
+    assert message in re.sub(r"\n +", " ", printed.out)
+    assert run("check", source, *arguments, "--quiet") == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("nowhere.h5ad", "does not exist"), ("in.txt", "must end in .h5ad or .zarr")]
+)
+def test_what_cannot_be_read_cannot_be_checked(tmp_path, capsys, name, message):
+    assert run("check", tmp_path / name) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_a_check_are_those_of_impute(source, monkeypatch, capsys):
+    received = {}
+
+    def check(adata, **arguments):
+        received.update(arguments)
+        return CheckReport("", ())
+
+    monkeypatch.setattr(sf.pp, "check", check)
+    with pytest.raises(SystemExit):
+        run("check", "--help")
+    shown = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    options = {option: wanted for option, wanted in OPTIONS.items() if option[0] in shown - OF_CHECK}
+    assert shown == {option[0] for option in options} | OF_CHECK
+    assert set(inspect.signature(sf.tl.impute).parameters) >= {name for name, _ in options.values()}
+    assert run("check", source, *[part for option in options for part in option], "--no-timing") == 0
+    assert received == dict(options.values()) | {"timing": False}
 
 
 # --- demo -------------------------------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ STOCHASTIC = {
 STEADY = {
     "SpaFormer.impute": lambda folder: model().impute(tissue()),
     "SpaFormer.load": lambda folder: (model().save(folder / "m"), sf.SpaFormer.load(folder / "m", progress=False)),
+    "pp.check": lambda folder: sf.pp.check(tissue(), library_key="fov"),
     "pp.positional_encoding": lambda folder: sf.pp.positional_encoding(
         tissue(), "conditional", library_key="fov", copy=True
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -48,7 +49,7 @@ def either(request):
 
 def test_not_fitted(tissue, tmp_path):
     new = sf.SpaFormer()
-    assert "not fitted" in repr(new)
+    assert repr(new) == "SpaFormer, not fitted\n  choices: the defaults"
     for call in (new.impute, new.embed):
         with pytest.raises(ValueError, match=r"not fitted; call `\.fit"):
             call(tissue)
@@ -64,7 +65,34 @@ def test_fit_reads_and_never_writes(tissue):
     new.impute(tissue)
     new.embed(tissue)
     assert contents(tissue) == before
-    assert "fitted on 30 genes" in repr(new)
+    assert repr(new).startswith("SpaFormer, fitted to 180 cells × 30 genes in 3 fields of view\n")
+
+
+def test_what_a_model_shows(fitted):
+    head, choices, networks, gain, genes = repr(fitted).split("\n  ")
+    assert head == "SpaFormer, fitted to 180 cells × 30 genes in 3 fields of view"
+    assert choices == "choices: library_key='fov', n_networks=1, max_epochs=3"
+    assert networks == "networks: 1, with their weights: plain 1.00"
+    measured = fitted.scores["gain"], fitted.scores["gain_over_baseline"]
+    assert [float(number) for number in re.findall(r"-?\d+\.\d+", gain)] == [round(value, 3) for value in measured]
+    verdicts = fitted.gene_scores["reliability"].value_counts()
+    assert genes == "genes: " + ", ".join(
+        f"{verdicts[verdict]} {verdict}" for verdict in ("reliable", "weak", "no better than baseline")
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "choices"),
+    [
+        ({"preset": "paper"}, "preset='paper'"),
+        ({"preset": "paper", "n_latent": 9, "layer": "raw"}, "preset='paper', layer='raw', n_latent=9"),
+        ({"graph": "radius", "radius": 3, "random_state": 5}, "graph='radius', radius=3.0, random_state=5"),
+        ({"library_key": ["slide", "fov"], "settings": {"hops": 0}}, "library_key=['slide', 'fov'], hops=0"),
+        ({"encoder": "performer", "n_latent": 64}, "the defaults"),
+    ],
+)
+def test_what_a_model_shows_of_its_choices(arguments, choices):
+    assert repr(sf.SpaFormer(**arguments)) == f"SpaFormer, not fitted\n  choices: {choices}"
 
 
 def test_the_model_gives_what_impute_writes(tissue):

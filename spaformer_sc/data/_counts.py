@@ -21,6 +21,8 @@ class Counts:
         Cells and genes.
     per_cell, per_gene
         Sum of the counts of each cell (cells,) and of each gene (genes,).
+    n_filled
+        Number of entries of each cell that are not 0 (cells,).
     fractional
         Whether some counts have fractions.
     checksum
@@ -32,6 +34,7 @@ class Counts:
     shape: tuple[int, int]
     per_cell: NDArray[np.float64]
     per_gene: NDArray[np.float64]
+    n_filled: NDArray[np.int64]
     fractional: bool
     checksum: Callable[[], str]
     read: Callable[[NDArray[np.int64]], sp.csr_matrix]
@@ -47,12 +50,13 @@ class Counts:
         return found[back]
 
     def of(self, genes: NDArray[np.int64]) -> Counts:
-        """Counts of some genes, in the order asked for. Sums per cell stay those over all genes."""
+        """Counts of some genes, in the order asked for. What is known per cell stays that over all genes."""
         n_cells, read = self.shape[0], self.read
         return Counts(
             (n_cells, len(genes)),
             self.per_cell,
             self.per_gene[genes],
+            self.n_filled,
             self.fractional,
             self.checksum,
             lambda cells: read(cells)[:, genes],
@@ -77,6 +81,7 @@ def in_memory(counts: sp.csr_matrix, fractional: bool) -> Counts:
     return Counts(
         counts.shape,
         *sums(counts),
+        np.diff(counts.indptr).astype(np.int64),
         fractional,
         lambda: add_to(hashlib.sha256(), counts).hexdigest(),
         lambda cells: counts if len(cells) == counts.shape[0] else counts[cells],

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from anndata import AnnData
 
+from spaformer_sc._settings import settings
+
 from ._parse import COSMX_NSCLC_PIXEL_UM, read_cosmx, read_xenium
 
-CACHE_VARIABLE = "SPAFORMER_SC_DATA"
 DOWNLOAD_RETRIES = 2
 
 COSMX_SAMPLES = ("Lung5_Rep1", "Lung5_Rep2", "Lung5_Rep3", "Lung6", "Lung9_Rep1", "Lung9_Rep2", "Lung12", "Lung13")
@@ -33,7 +34,7 @@ XENIUM_FILES = {
 
 
 def cosmx_nsclc(
-    sample: str = "Lung5_Rep3", *, cache_dir: str | os.PathLike[str] | None = None, progress: bool = True
+    sample: str = "Lung5_Rep3", *, cache_dir: str | os.PathLike[str] | None = None, progress: bool | None = None
 ) -> AnnData:
     """Human lung cancer by CosMx: one slide of NanoString's public release (He et al. 2022, Nat Biotechnol 40:1794).
 
@@ -51,10 +52,10 @@ def cosmx_nsclc(
         Slide: ``"Lung5_Rep1"``, ``"Lung5_Rep2"``, ``"Lung5_Rep3"``, ``"Lung6"``, ``"Lung9_Rep1"``, ``"Lung9_Rep2"``,
         ``"Lung12"`` or ``"Lung13"``. Samples of one number come from one patient.
     cache_dir
-        Folder to keep the files in. None means the environment variable ``SPAFORMER_SC_DATA``, and without it the cache
-        folder of the operating system.
+        Folder to keep the files in. None means ``sf.settings.cache_dir``: the environment variable
+        ``SPAFORMER_SC_DATA``, and without it the cache folder of the operating system, unless you set it.
     progress
-        Show a progress bar while downloading.
+        Show a progress bar while downloading; None for what ``sf.settings.progress`` says.
 
     Returns
     -------
@@ -94,7 +95,7 @@ def cosmx_nsclc(
     return adata
 
 
-def xenium_mouse_brain(*, cache_dir: str | os.PathLike[str] | None = None, progress: bool = True) -> AnnData:
+def xenium_mouse_brain(*, cache_dir: str | os.PathLike[str] | None = None, progress: bool | None = None) -> AnnData:
     """Mouse brain by Xenium: 10x Genomics' public coronal subset of cortex and hippocampus.
 
     Fresh frozen tissue, 248 genes, 36,602 cells, one continuous region without fields of view. Two files of together
@@ -104,10 +105,10 @@ def xenium_mouse_brain(*, cache_dir: str | os.PathLike[str] | None = None, progr
     Parameters
     ----------
     cache_dir
-        Folder to keep the files in. None means the environment variable ``SPAFORMER_SC_DATA``, and without it the cache
-        folder of the operating system.
+        Folder to keep the files in. None means ``sf.settings.cache_dir``: the environment variable
+        ``SPAFORMER_SC_DATA``, and without it the cache folder of the operating system, unless you set it.
     progress
-        Show a progress bar while downloading.
+        Show a progress bar while downloading; None for what ``sf.settings.progress`` says.
 
     Returns
     -------
@@ -139,12 +140,10 @@ def xenium_mouse_brain(*, cache_dir: str | os.PathLike[str] | None = None, progr
 
 
 def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
-    import pooch
-
-    return Path(cache_dir or os.environ.get(CACHE_VARIABLE) or pooch.os_cache("spaformer_sc")).expanduser()
+    return Path(cache_dir).expanduser() if cache_dir else settings.cache_dir
 
 
-def _fetch(url: str, folder: Path, name: str, *, sha256: str | None, progress: bool) -> Path:
+def _fetch(url: str, folder: Path, name: str, *, sha256: str | None, progress: bool | None) -> Path:
     """Path of file `name` in `folder`, downloaded from `url` unless it is there with the right checksum.
 
     The checksum is `sha256` or, where that is None, the one recorded when the file was first seen. pooch downloads to
@@ -163,7 +162,7 @@ def _fetch(url: str, folder: Path, name: str, *, sha256: str | None, progress: b
         retry_if_failed=DOWNLOAD_RETRIES,
     )
     try:
-        path = Path(store.fetch(name, progressbar=progress))
+        path = Path(store.fetch(name, progressbar=settings.progress if progress is None else progress))
     except RequestException as error:
         raise ConnectionError(
             f"Could not download {url}: {error}. Try again, or download it by other means to {folder / name}."

@@ -17,7 +17,7 @@ from spaformer_sc import __version__, _checks
 from spaformer_sc._config import ADVANCED, OUTPUTS, TARGET_SUMS, ZEROS
 from spaformer_sc._data_objects import takes_tables
 from spaformer_sc._gather import InMemory, OnDisk
-from spaformer_sc._keys import Keys
+from spaformer_sc._keys import BACK, OF_CELLS, SCORES, Keys
 from spaformer_sc._logging import logger
 from spaformer_sc._memory import size_on_disk, state_disk
 from spaformer_sc._write import check_path, write_atomically, write_result, write_streamed
@@ -30,23 +30,6 @@ if TYPE_CHECKING:
 
     from spaformer_sc.training.posterior import Posterior
 
-SCORES = (
-    "pearson",
-    "pearson_se",
-    "pearson_neighbours",
-    "deviance_explained",
-    "deviance_explained_se",
-    "deviance_explained_neighbours",
-    "gain",
-    "gain_over_baseline",
-    "gain_over_baseline_se",
-    "true_correlation",
-    "true_correlation_se",
-    "held_out",
-    "reliability",
-)
-OF_CELLS = ("depth", "gain", "gain_se", "reliability")
-BACK = ("dispersion", "dispersion_missing")
 LEAST_DETECTION = 0.05
 """Probability that an observed zero would be a count in a second measurement, below which ``zeros="keep"`` keeps it."""
 
@@ -87,7 +70,7 @@ def impute(
     device: str = "auto",
     devices: int = 1,
     random_state: int = 0,
-    progress: bool = True,
+    progress: bool | None = None,
     copy: bool = False,
 ) -> AnnData | SpatialData | None:
     """Fill in missing expression from each cell's own counts, its neighbours and its field of view.
@@ -183,7 +166,8 @@ def impute(
         Go on with an unfinished run to the same ``output_path``, with the same data and choices; the result is that of
         an uninterrupted one. Without an unfinished run, start one.
     device
-        ``"auto"``, ``"cpu"``, ``"cuda"``, …
+        ``"auto"``, ``"cpu"``, ``"cuda"``, …; ``"auto"`` is ``sf.settings.device``, by default the first GPU if there is
+        one.
     devices
         GPUs, or on a CPU processes, that train together (extra ``distributed``), each with its share of the cells of a
         step. More than 1 starts as many processes on this machine for the training, so a script has to be guarded by
@@ -192,7 +176,7 @@ def impute(
     random_state
         Seed of everything random; on a CPU the same seed on the same machine gives the same result.
     progress
-        Show a progress bar with the score on held-out counts.
+        Show a progress bar with the score on held-out counts; None for what ``sf.settings.progress`` says.
     copy
         Return a changed copy and leave ``adata`` as it is. Of a SpatialData, only the table is copied: the result is a
         SpatialData in memory that shares all other elements.
@@ -274,22 +258,9 @@ def impute(
     _checks.check_flag("sd", sd)
     _checks.check_flag("copy", copy)
     _checks.check_resume(resume, output_path)
-    if adata.isbacked and adata.is_view and not copy:
-        raise ValueError(
-            "`adata` is a view of a file, which cannot be written to: pass copy=True, or adata.to_memory()."
-        )
-    if adata.is_view and not copy:
-        logger.warning(
-            "`adata` is a view; results are written to a copy of it. Keep the view in a variable to have them."
-        )
+    _checks.check_view(adata, copy)
     keys = Keys(key_added)
-    slots = [
-        *(("layers", name) for name in (keys.layer, keys.sd)),
-        ("obsm", keys.embedding),
-        *(("var", keys.var(score)) for score in (*SCORES, *BACK)),
-        *(("obs", keys.obs(score)) for score in OF_CELLS),
-    ]
-    _checks.check_key_added(adata, key_added, slots=slots, mark="spaformer_sc")
+    _checks.check_key_added(adata, key_added, slots=keys.slots, mark="spaformer_sc")
     if target_sum is not None:
         target_sum = _checks.check_number("target_sum", target_sum, *TARGET_SUMS)
     columns = None if genes is None else _checks.check_genes(adata, genes)

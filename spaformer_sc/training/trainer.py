@@ -35,6 +35,10 @@ the hidden counts at more than this rate.
 """
 
 
+SHORTENED = 1.5
+"""Steps of a training that is like another, for each step up to the best of that one."""
+
+
 class Diverged(RuntimeError):
     """A training came to numbers that are not finite before there were good weights."""
 
@@ -166,12 +170,12 @@ def learning_rate_factor(step: int, n_steps: int, config: Training) -> float:
 def shortened(config: Training, history: History) -> Training:
     """Return how to train a network like one that has been trained.
 
-    Where that one stopped early, its learning rate was still high at its best step; one and a half times as many steps
-    let that of the others come down.
+    Where that one stopped early, its learning rate was still high at its best step; :data:`SHORTENED` times as many
+    steps let that of the others come down.
     """
     if config.max_epochs is not None or math.isnan(history.best_score):
         return config
-    return replace(config, n_steps=min(config.n_steps, round(1.5 * history.best_step)))
+    return replace(config, n_steps=min(config.n_steps, round(SHORTENED * history.best_step)))
 
 
 def planned_steps(data: Sequence[FieldCounts], sampler: Sampler, config: Training) -> tuple[int, int]:
