@@ -24,7 +24,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from spaformer_sc._keys import Keys
+from spaformer_sc._keys import Keys, encoding_key
 from spaformer_sc._logging import logger
 from spaformer_sc.data._counts import Counts, add_to, in_memory, sums
 from spaformer_sc.training.ranks import being_started, launched
@@ -1540,3 +1540,50 @@ def counts_of_result(adata: AnnData, params: Mapping[str, Any]) -> sparse.csr_ma
             "a copy as a layer before you normalise, and pass `layer=` to `sf.tl.impute`."
         )
     return counts
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+def check_encoding(adata: AnnData, name: str) -> tuple[str, dict[str, Any]]:
+    """Find what ``pp.positional_encoding`` wrote, by the name of the encoding or by its key.
+
+    Returns
+    -------
+    Its key, and what it was made with.
+
+    Raises
+    ------
+    KeyError
+        If it was not written.
+    TypeError
+        If `adata` is not an AnnData, or `name` is not a name.
+    """
+    _check_is_anndata(adata)
+    check_name("name", name)
+    for key in (encoding_key(name), name):
+        if "encoding" in _params(adata, key) and key in adata.obsm:
+            return key, dict(_params(adata, key))
+    written = [key for key in adata.uns if "encoding" in _params(adata, key)]
+    raise KeyError(
+        f"`name={name!r}`: there is no such encoding in `adata.obsm` (there are: {_listing(written)}); write it with "
+        "`sf.pp.positional_encoding(adata, name)` first."
+    )
+
+
+def check_columns(name: str, value: Any, n: int, most: int) -> list[int]:
+    """Check positions of columns out of `n`; None is all of them, and `most` at equal distances where there are more.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one is not a whole number from 0 to `n` - 1, or there is none.
+    """
+    if value is None:
+        return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)).tolist()
+    chosen = [check_integer(name, one, minimum=0) for one in (value if hasattr(value, "__iter__") else [value])]
+    if not chosen:
+        raise ValueError(f"`{name}` names no column; pass None for all of them.")
+    if max(chosen) >= n:
+        raise ValueError(f"`{name}`: {max(chosen)} is none of the {n} columns, which are counted from 0.")
+    return chosen

@@ -49,3 +49,8 @@ class Keys:
     def obs(self, score: str) -> str:
         """Score per cell, ``adata.obs``."""
         return f"{self.key_added}_{score}"
+
+
+def encoding_key(name: str) -> str:
+    """Positional encoding ``name``, ``adata.obsm`` and ``adata.uns``, unless another key is given."""
+    return f"X_pe_{name}"
