@@ -1587,3 +1587,55 @@ def check_columns(name: str, value: Any, n: int, most: int) -> list[int]:
     if max(chosen) >= n:
         raise ValueError(f"`{name}`: {max(chosen)} is none of the {n} columns, which are counted from 0.")
     return chosen
+
+
+def check_instance(name: str, value: Any, kind: type, made_by: str) -> None:
+    """Check that an argument is what another function returns.
+
+    Raises
+    ------
+    TypeError
+        If it is anything else.
+    """
+    if not isinstance(value, kind):
+        several = "; pass one of the list" if isinstance(value, list) else ""
+        raise TypeError(f"`{name}` must be what {made_by} returns, not {type(value).__name__}{several}.")
+
+
+def check_cells_of(adata: AnnData, cells: Sequence[str], name: str) -> npt.NDArray[np.int64]:
+    """Find the cells that a result names.
+
+    Raises
+    ------
+    KeyError
+        If some are not in the data.
+    TypeError
+        If `adata` is not an AnnData.
+    ValueError
+        If names of cells are not unique.
+    """
+    _check_is_anndata(adata)
+    if not adata.obs_names.is_unique:
+        raise ValueError(
+            f"`{name}` names cells, but `adata.obs_names` are not unique; call `adata.obs_names_make_unique()` before "
+            "the result is made."
+        )
+    rows = adata.obs_names.get_indexer(list(cells))
+    if (rows < 0).any():
+        absent = [cell for cell, row in zip(cells, rows, strict=True) if row < 0]
+        raise KeyError(f"`{name}`: {len(absent)} of its cells are not in `adata.obs_names`: {_listing(absent, 5)}.")
+    return np.asarray(rows, dtype=np.int64)
+
+
+def check_places(adata: AnnData, spatial_key: str) -> npt.NDArray[np.float64]:
+    """Return positions to draw cells at (cells × 2).
+
+    Raises
+    ------
+    KeyError
+        If there are none of this name.
+    """
+    check_name("spatial_key", spatial_key)
+    if spatial_key not in adata.obsm:
+        raise KeyError(f"`spatial_key={spatial_key!r}` is not in `adata.obsm`; there are: {_listing(adata.obsm)}.")
+    return np.asarray(adata.obsm[spatial_key], dtype=np.float64)[:, :2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,6 +104,58 @@ def imputed(
     --------
     >>> sf.pl.imputed(adata, ["EPCAM", "VIM"])
     """
+    maps = maps_of(adata, genes, key_added, fov, size)
+    shape, width = (len(maps.genes), len(maps.genes[0].panels)), 4.2
+    figure = figure_for(fig, (width * shape[1], panel_height(maps.places, width) * shape[0]), save)
+    axes = figure.subplots(*shape, squeeze=False)
+    for row, gene in zip(axes, maps.genes, strict=True):
+        heads = (f"observed {gene.zeros}", f"imputed, {gene.verdict}", "uncertainty")
+        for ax, panel, head in zip(row, gene.panels, heads, strict=False):
+            maps.draw(ax, panel, f"{gene.name}: {head}", cmap)
+    finish(figure, show, save, fig)
+    return np.asarray(axes)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one panel shows: a value of each cell, and what it is."""
+
+    values: NDArray[np.float32]
+    label: str
+
+
+@dataclass(frozen=True)
+class GeneMaps:
+    """Panels of a gene: observed, imputed and, where known, its uncertainty."""
+
+    name: str
+    verdict: str
+    zeros: str
+    panels: list[Panel]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Genes to draw in space, where the cells are (cells × 2), and the area of their points."""
+
+    genes: list[GeneMaps]
+    places: NDArray[np.float64]
+    size: float
+
+    def draw(self, ax: Axes, panel: Panel, title: str, cmap: str) -> None:
+        """Draw one panel, with a bar of its colours."""
+        values, top = panel.values, 1.0
+        if np.isfinite(values).any():
+            top = max(float(np.nanquantile(values, 0.995)), 1e-9)
+        points = in_space(ax, self.places, values, title, size=self.size, cmap=cmap, low=0, high=top)
+        beyond = "max" if np.nanmax(values, initial=0) > top else "neither"
+        ax.figure.colorbar(points, ax=ax, shrink=0.7, pad=0.01, label=panel.label, extend=beyond)
+
+
+def maps_of(
+    adata: AnnData, genes: str | Sequence[str], key_added: str, fov: str | None, size: float | None = None
+) -> Maps:
+    """Read what :func:`imputed` draws; arguments and errors as there."""
     keys = Keys(key_added)
     needed = [("layers", keys.layer), ("obs", keys.obs("depth")), ("var", keys.var("reliability"))]
     params = _checks.check_result(adata, keys.uns, needed)["params"]
@@ -111,31 +164,24 @@ def imputed(
     _checks.check_imputed(names, genes_of(params))
     cells, places = places_of(adata, params, fov)
     size = point_size(len(cells), size)
-    counts = _checks.counts_of_result(adata, params)
-    observed = _scaled(counts, cells, columns, params["output"], float(params["target_sum"]))
+    counts, output = _checks.counts_of_result(adata, params), str(params["output"])
+    observed = _scaled(counts, cells, columns, output, float(params["target_sum"]))
     missing = _checks.check_layer_of_missing(adata, params["missing"])
     if missing is not None:
         observed[missing[cells][:, columns]] = np.nan
-    panels = [observed, np.asarray(adata.layers[keys.layer][:, columns])[cells]]
+    shown = [observed, np.asarray(adata.layers[keys.layer][:, columns])[cells]]
     sd = _uncertainty(adata, names, key_added)
     if sd is not None:
-        panels.append(sd[cells])
-    shape, width = (len(names), len(panels)), 4.2
-    figure = figure_for(fig, (width * shape[1], panel_height(places, width) * shape[0]), save)
-    axes = figure.subplots(*shape, squeeze=False)
-    verdicts = adata.var[keys.var("reliability")].iloc[columns]
-    for number, (row, gene, verdict) in enumerate(zip(axes, names, verdicts, strict=True)):
+        shown.append(sd[cells])
+    labels = (output, output, f"standard deviation, {output}")
+    found = []
+    verdicts = adata.var[keys.var("reliability")].iloc[columns].astype(str)
+    for number, (name, verdict) in enumerate(zip(names, verdicts, strict=True)):
         measured = observed[np.isfinite(observed[:, number]), number]
-        zeros = f" ({np.mean(measured == 0):.0%} zeros)" if len(measured) else " (not measured)"
-        titles = (f"{gene}: observed{zeros}", f"{gene}: imputed, {verdict}", f"{gene}: uncertainty")
-        labels = (params["output"], params["output"], f"standard deviation, {params['output']}")
-        for ax, values, title, label in zip(row, (panel[:, number] for panel in panels), titles, labels, strict=False):
-            top = max(float(np.nanquantile(values, 0.995)), 1e-9) if np.isfinite(values).any() else 1.0
-            points = in_space(ax, places, values, title, size=size, cmap=cmap, low=0, high=top)
-            beyond = "max" if np.nanmax(values, initial=0) > top else "neither"
-            figure.colorbar(points, ax=ax, shrink=0.7, pad=0.01, label=label, extend=beyond)
-    finish(figure, show, save, fig)
-    return np.asarray(axes)
+        zeros = f"({np.mean(measured == 0):.0%} zeros)" if len(measured) else "(not measured)"
+        panels = [Panel(values[:, number], label) for values, label in zip(shown, labels, strict=False)]
+        found.append(GeneMaps(name, verdict, zeros, panels))
+    return Maps(found, places, size)
 
 
 def reliability(
