@@ -249,7 +249,10 @@ def reliability(
     ax.set_xlabel("gain over the gene's own counts, in standard errors")
     ax.set_ylabel("estimated correlation with the truth (cut at 1)")
     handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    ax.legend(
+        handles[::-1], labels[::-1], fontsize=8, frameon=False, ncols=3, columnspacing=1, handletextpad=0,
+        loc="lower right", bbox_to_anchor=(1.01, 1),
+    )  # fmt: skip
     finish(ax.figure, show, save, given)
     return ax
 

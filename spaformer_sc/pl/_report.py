@@ -27,6 +27,7 @@ from spaformer_sc._result import genes_of
 from spaformer_sc._write import check_path
 from spaformer_sc.training.reliability import LEAST_HELD, LEVELS
 
+from ._drawing import panel_height
 from ._plots import Maps, calibration, history, maps_of, reliability
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ MOST_ROWS = 2000
 """Rows of the table of genes."""
 FEW_CELLS = 500
 CLASSES = dict(zip(LEVELS, ("none", "weak", "reliable"), strict=True))
-THEMES = {"light": ("#1f2326", "#ffffff"), "dark": ("#e4e6e7", "#1d2125")}
+THEMES = {"light": ("#1f2326", "#ffffff"), "dark": ("#e4e6e7", "#16191c")}
 """Colours of ink and ground, as in ``report.css``."""
 PACKAGES = ("spaformer_sc", "anndata", "scanpy", "squidpy", "torch", "numpy", "matplotlib")
 USES = (
@@ -294,9 +295,9 @@ def _quality(adata: AnnData, keys: Keys, record: Mapping[str, Any], table: pd.Da
     of_cells = "; ".join(f"{level}: {_number(cells.get(level, 0))}" for level in LEVELS[::-1])
     text = (
         "<h2>How good it is</h2>\n"
-        f"<p>All scores rest on {_number(held)} transcripts, about a twentieth of those that were fitted, that neither "
-        "training nor the choice of networks has seen. They are of this data: they say nothing of other tissue.</p>"
-        + _table(("score", "value", "what it is"), [[_th(a), (b, "n"), escape(c)] for a, b, c in rows], "Scores")
+        f"<p>All scores rest on {_number(held)} transcripts, about a twentieth of those of the fit, that neither training "
+        "nor the choice of networks has seen. They are of this data: they say nothing of other tissue.</p>"
+        + _table(("score", "value", "what it is"), [[_th(a), (b, "n"), escape(c)] for a, b, c in rows], "Scores", "stack")
         + f"<p>Verdicts on cells, each judged with about 50 that are alike: {of_cells}.</p>"
     )
     if len(fovs["fov"]) > 1:
@@ -324,16 +325,16 @@ def _quality(adata: AnnData, keys: Keys, record: Mapping[str, Any], table: pd.Da
             )
         ]
         head = ("field of view", "cells", "held-out transcripts", "gain over own counts", "verdict")
-        text += "<h3>By field of view</h3>" + _table(head, by_field, "Scores of each field of view", tall=True)
+        text += "<h3>By field of view</h3>" + _table(head, by_field, "Scores of each field of view", "tall")
     posterior = record.get("posterior")
     if posterior is not None and posterior["n_scored"]:
         off = 100 * (np.asarray(posterior["coverage"], dtype=float) - np.asarray(posterior["levels"], dtype=float))
-        most = float(np.abs(off).max())
+        most = f"{max(float(np.abs(off).max()), 0.1):.1f} points"
         text += "<h3>Do intervals hold?</h3>" + _chart(
             lambda ax: calibration(adata, key_added=keys.key_added, ax=ax),
-            f"Line chart: coverage of intervals minus their level; over all entries it is at most {most:.1f} points off.",
+            f"Line chart: coverage of intervals, minus their level; over all entries at most {most} apart.",
             f"Held-out counts inside intervals, minus the level of the intervals, for ranges of expected counts. Over all "
-            f"entries the largest gap is {most:.1f} points. Counts were at a twentieth of the depth of the cell.",
+            f"entries the gap is at most {most}. Counts were at a twentieth of the depth of the cell.",
         )
     return text
 
@@ -369,7 +370,7 @@ def _trust(adata: AnnData, keys: Keys, table: pd.DataFrame) -> str:
             "Each gene by its gain over its own counts and its estimated correlation with the true expression, which is "
             "cut at 1. Dotted lines are what the verdicts ask for; larger points have more held-out transcripts.",
         )
-        + _table(head, rows, "Genes, best first", tall=True, long=len(shown) > 40)
+        + _table(head, rows, "Genes, best first", "tall long")
         + f'{printed}<p class="note">Sorted by verdict, then by gain in units of its standard error (±, in nats for each '
         f"held-out transcript).{cut} All scores: <code>adata.var</code>, columns <code>{escape(keys.key_added)}_…</code>"
         ".</p>"
@@ -387,7 +388,7 @@ def _shown(maps: Maps | None, chosen: bool, fov: str | None) -> str:
             "<figure>"
             + _image(
                 lambda ax, panel=panel: maps.draw(ax, panel, "", "viridis"),
-                (4.2, 3.6),
+                (4.2, panel_height(maps.places, 4.2)),
                 f"Map of {gene.name} in the tissue, {caption}.",
                 themes=("light",),
             )
@@ -423,7 +424,7 @@ def _use() -> str:
     rows = [[_th(use), escape(answer)] for use, answer in USES]
     return (
         "<h2>What imputed values may be used for</h2>\n<p>They are expectations, smoother than data: they show patterns "
-        "and are not new measurements.</p>" + _table(("use", ""), rows, "Uses of imputed values")
+        "and are not new measurements.</p>" + _table(("use", "advice"), rows, "Uses of imputed values", "stack")
     )
 
 
@@ -460,7 +461,7 @@ def _best(table: pd.DataFrame) -> list[str]:
 
 
 def _chart(draw: Callable[[Axes], Any], alt: str, caption: str) -> str:
-    return f"<figure>{_image(draw, (7.2, 4.4), alt)}<figcaption>{escape(caption)}</figcaption></figure>\n"
+    return f"<figure>{_image(draw, (5.8, 4), alt)}<figcaption>{escape(caption)}</figcaption></figure>\n"
 
 
 def _image(
@@ -470,18 +471,23 @@ def _image(
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
     encoded = {}
     for theme in themes:
         ink, ground = THEMES[theme]
         inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
         grounded = ("figure.facecolor", "axes.facecolor", "legend.facecolor", "savefig.facecolor")
-        with style.context(dict.fromkeys(inked, ink) | dict.fromkeys(grounded, ground), after_reset=True):
+        colours = dict.fromkeys(inked, ink) | dict.fromkeys(grounded, ground)
+        with style.context({**colours, "axes.spines.top": False, "axes.spines.right": False}, after_reset=True):
             figure = Figure(size, layout="constrained")
-            FigureCanvasAgg(figure)
+            canvas = FigureCanvasAgg(figure)
             draw(figure.subplots())
-            file = io.BytesIO()
-            figure.savefig(file, format="png", dpi=120)
+            figure.set_dpi(144)
+            canvas.draw()
+        file = io.BytesIO()
+        few = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(256)  # a third of the size
+        few.save(file, format="png", optimize=True)
         encoded[theme] = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     width, height = (round(96 * side) for side in size)
     dark = ""
@@ -496,22 +502,21 @@ Cell = str | tuple[str, str]
 """What a cell of a table holds, in HTML; or that and its class."""
 
 
-def _table(head: Iterable[str], rows: Sequence[Sequence[Cell]], name: str, *, tall: bool = False, long: bool = False) -> str:
-    """Table that scrolls within its box."""
+def _table(head: Iterable[str], rows: Sequence[Sequence[Cell]], name: str, kind: str = "") -> str:
+    """Table that scrolls within its box; ``kind`` has further classes: tall, long (printed in part), stack (of prose)."""
 
     def cell(content: Cell) -> str:
-        text, kind = content if isinstance(content, tuple) else (content, "")
+        text, of = content if isinstance(content, tuple) else (content, "")
         if text.startswith("<th"):
             return text
-        return f'<td class="{kind}">{text}</td>' if kind else f"<td>{text}</td>"
+        return f'<td class="{of}">{text}</td>' if of else f"<td>{text}</td>"
 
     first = rows[0] if rows else []
     kinds = [f' class="{one[1]}"' if isinstance(one, tuple) else "" for one in first]
     top = "".join(f'<th scope="col"{kind}>{escape(text)}</th>' for text, kind in zip(head, kinds, strict=False))
     body = "\n".join("<tr>" + "".join(cell(one) for one in row) + "</tr>" for row in rows)
-    box = f"box{' tall' if tall else ''}{' long' if long else ''}"
     return (
-        f'<div class="{box}" role="region" aria-label="{escape(name)}" tabindex="0"><table><thead><tr>{top}</tr></thead>'
+        f'<div class="box {kind}" role="region" aria-label="{escape(name)}" tabindex="0"><table><thead><tr>{top}</tr></thead>'
         f"<tbody>\n{body}\n</tbody></table></div>\n"
     )
 
