@@ -1580,7 +1580,7 @@ def check_columns(name: str, value: Any, n: int, most: int) -> list[int]:
         If one is not a whole number from 0 to `n` - 1, or there is none.
     """
     if value is None:
-        return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)).tolist()
+        return [int(column) for column in np.linspace(0, n - 1, min(n, most)).round()]
     chosen = [check_integer(name, one, minimum=0) for one in (value if hasattr(value, "__iter__") else [value])]
     if not chosen:
         raise ValueError(f"`{name}` names no column; pass None for all of them.")

@@ -18,7 +18,7 @@ from spaformer_sc.training.reliability import LEVELS
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
-    from matplotlib.collections import PathCollection
+    from matplotlib.collections import Collection
     from matplotlib.figure import Figure, SubFigure
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a8a8a")
@@ -55,7 +55,8 @@ def figure_for(
 
     _check_save(save)
     if fig is None:
-        return plt.figure(figsize=figsize, layout="constrained")
+        new: Figure = plt.figure(figsize=figsize, layout="constrained")
+        return new
     if not isinstance(fig, FigureBase):
         raise TypeError(f"`fig` must be a figure or subfigure to draw on, or None, not {type(fig).__name__}.")
     return fig
@@ -69,7 +70,10 @@ def _check_save(save: str | os.PathLike[str] | None) -> None:
 
 
 def finish(
-    figure: Figure | SubFigure, show: bool | None, save: str | os.PathLike[str] | None, given: Axes | Figure | None
+    figure: Figure | SubFigure,
+    show: bool | None,
+    save: str | os.PathLike[str] | None,
+    given: Axes | Figure | SubFigure | None,
 ) -> None:
     """Save and show a figure, as asked.
 
@@ -108,7 +112,7 @@ def in_space(
     cmap: str,
     low: float,
     high: float,
-) -> PathCollection:
+) -> Collection:
     """Draw cells in space by squidpy, those with large values (or, about 0, far from it) on top.
 
     Parameters
@@ -182,13 +186,12 @@ def apart(places: NDArray[np.floating[Any]], codes: NDArray[np.integer[Any]]) ->
     return places
 
 
-def places_of(
-    adata: AnnData, params: dict[str, Any], fov: str | None
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def places_of(adata: AnnData, params: dict[str, Any], fov: str | None) -> tuple[NDArray[np.int64], NDArray[np.floating[Any]]]:
     """Rows of the cells to draw, all or those of one field of view, and their places (cells × 2)."""
     from spaformer_sc.data._labels import field_codes
 
-    places, key = np.asarray(adata.obsm[params["spatial_key"]], dtype=np.float64)[:, :2], params["library_key"]
+    key = params["library_key"]
+    places = np.asarray(adata.obsm[params["spatial_key"]], dtype=np.float64)[:, :2]
     if key is None:
         if fov is not None:
             raise ValueError(f"`fov={fov!r}`: there are no fields of view; this was made without `library_key`.")

@@ -105,7 +105,9 @@ def influence(
     total = np.abs(contribution).sum()
     share = np.abs(contribution[inside]).sum() / total if total else 1.0
     most = max(float(np.abs(contribution[inside]).max(initial=0)), 1e-12)
-    size = float(np.clip(100000 / max(inside.sum(), 1), 9, 1200)) if size is None else _checks.check_positive("size", size)
+    size = (
+        float(np.clip(100000 / max(inside.sum(), 1), 9, 1200)) if size is None else _checks.check_positive("size", size)
+    )
     own = attribution.own
     top = own[own.abs().sort_values(ascending=False, kind="stable").index[: _checks.check_integer("n_genes", n_genes)]]
 
@@ -207,7 +209,9 @@ def reach(
     ax.set_ylim(0, 102)
     ax.set_xlabel("distance from the cell, in the unit of the coordinates")
     ax.set_ylabel("share within this distance, %")
-    ax.set_title(f"the cell itself: {reach.own_share:.0%} of all influence; mean of {len(reach.cells)} cells", fontsize=10)
+    ax.set_title(
+        f"the cell itself: {reach.own_share:.0%} of all influence; mean of {len(reach.cells)} cells", fontsize=10
+    )
     ax.legend(fontsize=8, frameon=False, loc="lower right")
     finish(ax.figure, show, save, given)
     return ax

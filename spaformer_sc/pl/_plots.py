@@ -111,7 +111,7 @@ def imputed(
     for row, gene in zip(axes, maps.genes, strict=True):
         heads = (f"observed {gene.zeros}", f"imputed, {gene.verdict}", "uncertainty")
         for ax, panel, head in zip(row, gene.panels, heads, strict=False):
-            maps.draw(ax, panel, f"{gene.name}: {head}", cmap)
+            maps.draw(panel, ax, f"{gene.name}: {head}", cmap)
     finish(figure, show, save, fig)
     return np.asarray(axes)
 
@@ -139,10 +139,10 @@ class Maps:
     """Genes to draw in space, where the cells are (cells × 2), and the area of their points."""
 
     genes: list[GeneMaps]
-    places: NDArray[np.float64]
+    places: NDArray[np.floating[Any]]
     size: float
 
-    def draw(self, ax: Axes, panel: Panel, title: str, cmap: str) -> None:
+    def draw(self, panel: Panel, ax: Axes, title: str = "", cmap: str = "viridis") -> None:
         """Draw one panel, with a bar of its colours."""
         values, top = panel.values, 1.0
         if np.isfinite(values).any():
