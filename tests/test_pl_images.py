@@ -1,7 +1,8 @@
 """Figures against reference images, in ``tests/images``.
 
 Results are made up, so that only drawing is tested, without text and in a layout that does not depend on it: that
-matplotlib 3.10 and 3.11 draw alike. ``tests/test_pl.py`` reads the text. After a wanted change, draw the references anew and look at each: ``python -m tests.test_pl_images``.
+matplotlib 3.10 and 3.11 draw alike. ``tests/test_pl.py`` reads the text. After a wanted change, draw the references
+anew and look at each: ``python -m tests.test_pl_images``.
 """
 
 from __future__ import annotations

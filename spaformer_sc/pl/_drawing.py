@@ -186,7 +186,9 @@ def apart(places: NDArray[np.floating[Any]], codes: NDArray[np.integer[Any]]) ->
     return places
 
 
-def places_of(adata: AnnData, params: dict[str, Any], fov: str | None) -> tuple[NDArray[np.int64], NDArray[np.floating[Any]]]:
+def places_of(
+    adata: AnnData, params: dict[str, Any], fov: str | None
+) -> tuple[NDArray[np.int64], NDArray[np.floating[Any]]]:
     """Rows of the cells to draw, all or those of one field of view, and their places (cells × 2)."""
     from spaformer_sc.data._labels import field_codes
 
