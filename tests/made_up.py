@@ -1,4 +1,4 @@
-"""A result, an attribution and a reach that nothing was trained for: the same numbers everywhere, for tests of drawing."""
+"""A result, an attribution and a reach that nothing was trained for: the same everywhere, to test drawing with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GENES = [f"gene{number}" for number in range(30)]
 
 
 def result() -> AnnData:
-    """Two fields of 12 × 12 cells beside one another, 30 genes: everything that `sf.tl.impute` writes and plots read."""
+    """Two fields of 12 × 12 cells beside one another, 30 genes: all that `sf.tl.impute` writes and plots read."""
     row, column = (axis.ravel() for axis in np.mgrid[:SIDE, : 2 * SIDE])
     n, genes = len(row), np.arange(len(GENES))
     wave = 1 + np.sin(row[:, None] / 3 + genes / 2) * np.cos(column[:, None] / 4 - genes / 3)

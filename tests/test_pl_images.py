@@ -20,6 +20,8 @@ from PIL import Image
 import spaformer_sc as sf
 from tests import made_up
 
+pytestmark = pytest.mark.usefixtures("unseen")
+
 REFERENCES = Path(__file__).parent / "images"
 TOLERANCE = 4.0
 """Root mean square of differences of pixels, of 255."""
@@ -68,11 +70,6 @@ def drawn(name: str, path: Path, **choices) -> Path:
         figure.savefig(path, dpi=60, metadata={"Software": None})
         plt.close(figure)
     return path
-
-
-@pytest.fixture(autouse=True, scope="module")
-def agg():
-    mpl.use("Agg")
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from itertools import combinations
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from spaformer_sc.pl import _drawing
 from tests import made_up
 from tests.conftest import contents
 
+pytestmark = pytest.mark.usefixtures("unseen")
+
 ON_AXES = ("reliability", "calibration", "history", "reach")
 ON_FIGURES = ("imputed", "encodings", "influence")
 
@@ -28,19 +29,12 @@ def call(name: str, **choices):
     return getattr(sf.pl, name)(*data, **choices)
 
 
-@pytest.fixture(autouse=True)
-def agg():
-    import matplotlib.pyplot as plt
-
-    mpl.use("Agg")
-    yield
-    plt.close("all")
-
-
 @pytest.fixture
-def shown(monkeypatch):
-    """How often figures were shown."""
-    calls = []
+def shown(unseen, monkeypatch):
+    """How often figures were shown, where scanpy is set to show them."""
+    from scanpy import settings
+
+    settings.autoshow, calls = True, []
     monkeypatch.setattr("matplotlib.pyplot.show", lambda: calls.append(1))
     return calls
 
@@ -57,7 +51,7 @@ def test_draws_on_the_axes_that_are_given(name: str, shown) -> None:
     assert ax.has_data()
     assert not plt.get_fignums()
     assert not shown
-    with pytest.raises(TypeError, match="`ax` must be the axes to draw on, or None, not Figure. For several panels"):
+    with pytest.raises(TypeError, match=r"`ax` must be the axes to draw on, or None, not Figure\. For several panels"):
         call(name, ax=ax.figure)
 
 
@@ -78,15 +72,11 @@ def test_draws_on_the_figure_or_subfigure_that_is_given(name: str, shown) -> Non
 def test_shows_as_scanpy_is_set_to(name: str, shown) -> None:
     from scanpy import settings
 
-    before = settings.autoshow
-    try:
-        for autoshow, show, times in ((False, None, 0), (False, True, 1), (True, False, 0), (True, None, 1)):
-            settings.autoshow = autoshow
-            shown.clear()
-            call(name, show=show)
-            assert len(shown) == times
-    finally:
-        settings.autoshow = before
+    for autoshow, show, times in ((False, None, 0), (False, True, 1), (True, False, 0), (True, None, 1)):
+        settings.autoshow = autoshow
+        shown.clear()
+        call(name, show=show)
+        assert len(shown) == times
 
 
 @pytest.mark.parametrize("name", [*ON_AXES, *ON_FIGURES])
@@ -270,16 +260,15 @@ def test_influence_refuses_what_does_not_fit() -> None:
     found = made_up.attribution(adata)
     with pytest.raises(TypeError, match=r"must be what sf\.tl\.attribution.*not list; pass one of the list"):
         sf.pl.influence(adata, [found])
-    with pytest.raises(KeyError, match="1 of its cells are not in `adata.obs_names`: cell150"):
+    with pytest.raises(KeyError, match=r"1 of its cells are not in `adata\.obs_names`: cell150"):
         sf.pl.influence(adata[adata.obs_names != "cell150"].copy(), found)
-    with pytest.raises(KeyError, match="`spatial_key='places'` is not in `adata.obsm`"):
+    with pytest.raises(KeyError, match=r"`spatial_key='places'` is not in `adata\.obsm`"):
         sf.pl.influence(adata, found, spatial_key="places")
-    with pytest.raises(ValueError, match="`radius`|`radius="):
+    with pytest.raises(ValueError, match=r"`radius=-1`|`radius"):
         sf.pl.influence(adata, found, radius=-1)
     twice = adata.copy()
     twice.obs_names = ["cell"] * twice.n_obs
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="are not unique"):
-        warnings.simplefilter("ignore")
+    with pytest.raises(ValueError, match="are not unique"):
         sf.pl.influence(twice, found)
 
 

@@ -16,6 +16,8 @@ from spaformer_sc.training.reliability import LEVELS
 from tests import made_up
 from tests.conftest import contents
 
+pytestmark = pytest.mark.usefixtures("unseen")
+
 VOID = {"meta", "img", "source", "br", "link"}
 
 
@@ -48,11 +50,6 @@ class Page(HTMLParser):
 
     def of(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
-
-
-@pytest.fixture(autouse=True)
-def agg():
-    mpl.use("Agg")
 
 
 def report(adata, tmp_path: Path, **choices) -> Page:

@@ -168,22 +168,22 @@ def apart(places: NDArray[np.floating[Any]], codes: NDArray[np.integer[Any]]) ->
     -------
     Positions (cells × 2): as they were, where no two fields share more than half of the smaller one's area.
     """
-    places = np.array(places[:, :2], dtype=np.float64)
+    moved: NDArray[np.float64] = np.array(places[:, :2], dtype=np.float64)
     fields = np.unique(codes)
-    low = np.array([places[codes == field].min(axis=0) for field in fields])
-    high = np.array([places[codes == field].max(axis=0) for field in fields])
+    low = np.array([moved[codes == field].min(axis=0) for field in fields])
+    high = np.array([moved[codes == field].max(axis=0) for field in fields])
     sides = np.maximum(high - low, 1e-9)
     shared = np.prod(np.clip(np.minimum(high[:, None], high) - np.maximum(low[:, None], low), 0, None), axis=2)
     np.fill_diagonal(shared, 0)
     smaller = np.minimum(np.prod(sides, axis=1)[:, None], np.prod(sides, axis=1))
     if not (shared > 0.5 * smaller).any():
-        return places
+        return moved
     columns = int(np.ceil(np.sqrt(len(fields))))
     step = 1.1 * sides.max(axis=0)
     for number, field in enumerate(fields):
         row, column = divmod(number, columns)
-        places[codes == field] += step * [column, row] - low[number]
-    return places
+        moved[codes == field] += step * [column, row] - low[number]
+    return moved
 
 
 def places_of(

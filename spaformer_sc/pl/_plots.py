@@ -243,7 +243,7 @@ def reliability(
     ax.set_xscale("symlog", linthresh=SURELY)
     low, high = ax.get_xlim()
     ticks = [x for x in (-100, -30, -10, -3, 0, CLEARLY, SURELY, 10, 30, 100) if low <= x <= high]
-    ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    ax.set_xticks(ticks, [f"{x:g}".replace("-", "\N{MINUS SIGN}") for x in ticks])
     ax.set_xticks([], minor=True)
     ax.set_ylim(-0.3, 1.05)
     ax.set_xlabel("gain over the gene's own counts, in standard errors")
