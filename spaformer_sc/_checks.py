@@ -1625,17 +1625,3 @@ def check_cells_of(adata: AnnData, cells: Sequence[str], name: str) -> npt.NDArr
         absent = [cell for cell, row in zip(cells, rows, strict=True) if row < 0]
         raise KeyError(f"`{name}`: {len(absent)} of its cells are not in `adata.obs_names`: {_listing(absent, 5)}.")
     return np.asarray(rows, dtype=np.int64)
-
-
-def check_places(adata: AnnData, spatial_key: str) -> npt.NDArray[np.float64]:
-    """Return positions to draw cells at (cells × 2).
-
-    Raises
-    ------
-    KeyError
-        If there are none of this name.
-    """
-    check_name("spatial_key", spatial_key)
-    if spatial_key not in adata.obsm:
-        raise KeyError(f"`spatial_key={spatial_key!r}` is not in `adata.obsm`; there are: {_listing(adata.obsm)}.")
-    return np.asarray(adata.obsm[spatial_key], dtype=np.float64)[:, :2]

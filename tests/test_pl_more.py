@@ -170,10 +170,18 @@ def test_fields_with_coordinates_of_their_own_are_drawn_apart() -> None:
         assert ((high < low2) | (high2 < low)).any()
 
 
-def test_fields_of_one_slide_stay_where_they_are() -> None:
+def test_only_fields_on_top_of_one_another_are_moved(caplog) -> None:
     adata = made_up.result()
-    codes = (adata.obs["fov"] == "right").to_numpy().astype(int)
-    np.testing.assert_array_equal(_drawing.apart(adata.obsm["spatial"], codes), adata.obsm["spatial"])
+    shown = np.asarray(sf.pl.imputed(adata, "gene3")[0, 0].collections[0].get_offsets())
+    assert sorted(map(tuple, shown)) == sorted(map(tuple, adata.obsm["spatial"]))
+    assert not caplog.text
+    adata.obsm["global"] = adata.obsm["spatial"].copy()
+    adata.obsm["spatial"][(adata.obs["fov"] == "right").to_numpy(), 0] -= 120
+    shown = np.asarray(sf.pl.imputed(adata, "gene3")[0, 0].collections[0].get_offsets())
+    assert len(np.unique(shown, axis=0)) == adata.n_obs
+    assert "fields of view are drawn beside one another" in caplog.text
+    shown = np.asarray(sf.pl.imputed(adata, "gene3", spatial_key="global")[0, 0].collections[0].get_offsets())
+    assert sorted(map(tuple, shown)) == sorted(map(tuple, adata.obsm["global"]))
 
 
 # --- encodings --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from spaformer_sc import _checks
 from spaformer_sc._files import replacing
+from spaformer_sc._logging import logger
 from spaformer_sc._write import check_path
 from spaformer_sc.training.reliability import LEVELS
 
@@ -154,8 +155,8 @@ def panel_height(places: NDArray[np.floating[Any]], width: float) -> float:
     return float(np.clip(0.8 * width * extent[1] / extent[0], 0.4 * width, 1.6 * width)) + 0.4
 
 
-def apart(places: NDArray[np.floating[Any]], codes: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
-    """Move fields of view beside one another where each has coordinates of its own, so that they lie on top.
+def apart(places: NDArray[np.floating[Any]], codes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Move fields of view beside one another.
 
     Parameters
     ----------
@@ -166,20 +167,13 @@ def apart(places: NDArray[np.floating[Any]], codes: NDArray[np.integer[Any]]) ->
 
     Returns
     -------
-    Positions (cells × 2): as they were, where no two fields share more than half of the smaller one's area.
+    Positions (cells × 2), the fields row by row in boxes of one size.
     """
-    moved: NDArray[np.float64] = np.array(places[:, :2], dtype=np.float64)
+    moved: NDArray[np.float64] = np.array(places, dtype=np.float64)
     fields = np.unique(codes)
     low = np.array([moved[codes == field].min(axis=0) for field in fields])
-    high = np.array([moved[codes == field].max(axis=0) for field in fields])
-    sides = np.maximum(high - low, 1e-9)
-    shared = np.prod(np.clip(np.minimum(high[:, None], high) - np.maximum(low[:, None], low), 0, None), axis=2)
-    np.fill_diagonal(shared, 0)
-    smaller = np.minimum(np.prod(sides, axis=1)[:, None], np.prod(sides, axis=1))
-    if not (shared > 0.5 * smaller).any():
-        return moved
+    step = 1.1 * np.max([np.ptp(moved[codes == field], axis=0) for field in fields], axis=0)
     columns = int(np.ceil(np.sqrt(len(fields))))
-    step = 1.1 * sides.max(axis=0)
     for number, field in enumerate(fields):
         row, column = divmod(number, columns)
         moved[codes == field] += step * [column, row] - low[number]
@@ -187,20 +181,26 @@ def apart(places: NDArray[np.floating[Any]], codes: NDArray[np.integer[Any]]) ->
 
 
 def places_of(
-    adata: AnnData, params: dict[str, Any], fov: str | None
-) -> tuple[NDArray[np.int64], NDArray[np.floating[Any]]]:
+    adata: AnnData, params: dict[str, Any], fov: str | None, spatial_key: str | None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Rows of the cells to draw, all or those of one field of view, and their places (cells × 2)."""
     from spaformer_sc.data._labels import field_codes
 
+    places = _checks.check_coordinates(adata, params["spatial_key"] if spatial_key is None else spatial_key)[:, :2]
     key = params["library_key"]
-    places = np.asarray(adata.obsm[params["spatial_key"]], dtype=np.float64)[:, :2]
     if key is None:
         if fov is not None:
             raise ValueError(f"`fov={fov!r}`: there are no fields of view; this was made without `library_key`.")
         return np.arange(adata.n_obs), places
     codes, names = field_codes(adata.obs, key if isinstance(key, str) else list(key))
     if fov is None:
-        return np.arange(adata.n_obs), apart(places, codes)
+        if _checks.lie_on_each_other(places, codes):
+            logger.warning(
+                "fields of view are drawn beside one another, since positions start anew in each: pass `fov=` to draw "
+                "one, or `spatial_key=` with global positions."
+            )
+            places = apart(places, codes)
+        return np.arange(adata.n_obs), places
     if str(fov) not in names:
         raise KeyError(f"`fov={fov!r}` is none of the fields of view: {', '.join(names[:10])}.")
     cells = np.flatnonzero(codes == names.index(str(fov)))

@@ -10,22 +10,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spaformer_sc import _checks
+from spaformer_sc._data_objects import takes_tables
 
 from ._drawing import SIGNED, figure_for, finish, in_space, panel_height, places_of, point_size
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.figure import Figure, SubFigure
+    from spatialdata import SpatialData
 
 MOST_PANELS = 12
 """Columns of an encoding that are drawn unless some are asked for."""
 
 
+@takes_tables
 def encodings(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     name: str,
     *,
+    table_key: str | None = None,
     components: int | Sequence[int] | None = None,
+    spatial_key: str | None = None,
     fov: str | None = None,
     ncols: int = 4,
     size: float | None = None,
@@ -38,8 +43,8 @@ def encodings(
 
     Columns that have a sign are drawn from blue through grey at 0 to red; the others (return probabilities, bins) from
     their smallest value to their largest. Each panel has its own scale. Eigenvectors have the sign that was computed,
-    which means nothing. Fields of view whose coordinates lie on top of one another, since each has its own, are drawn
-    apart.
+    which means nothing. Fields of view that would lie on top of one another, since positions start anew in each, are
+    drawn beside one another.
 
     Parameters
     ----------
@@ -47,8 +52,13 @@ def encodings(
         Data with what :func:`spaformer_sc.pp.positional_encoding` writes; not changed.
     name
         Name of the encoding, such as ``"laplacian"``, or the ``key_added`` that it was written under.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     components
         Column to draw, or several, counted from 0; by default all, and 12 of equal distance where there are more.
+    spatial_key
+        Positions to draw at; those that were encoded by default. Where they start anew in each field of view, name
+        global ones here.
     fov
         Draw this field of view only, by its name in ``adata.obs``; all cells by default.
     ncols
@@ -87,7 +97,7 @@ def encodings(
     values = np.asarray(adata.obsm[key])
     ncols = _checks.check_integer("ncols", ncols)
     chosen = _checks.check_columns("components", components, values.shape[1], MOST_PANELS)
-    cells, places = places_of(adata, params, fov)
+    cells, places = places_of(adata, params, fov, spatial_key)
     size, values = point_size(len(cells), size), values[cells]
     ncols = min(ncols, len(chosen))
     nrows, width = -(-len(chosen) // ncols), 3.4

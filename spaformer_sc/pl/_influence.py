@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spaformer_sc import _checks
+from spaformer_sc._data_objects import takes_tables
 
 from ._drawing import PALETTE, RULE, SIGNED, axes_for, figure_for, finish, in_space
 
@@ -16,14 +17,17 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
+    from spatialdata import SpatialData
 
     from spaformer_sc.interpret import Attribution, Reach
 
 
+@takes_tables
 def influence(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     attribution: Attribution,
     *,
+    table_key: str | None = None,
     spatial_key: str = "spatial",
     radius: float | None = None,
     n_genes: int = 10,
@@ -47,6 +51,8 @@ def influence(
         The data that were explained; not changed.
     attribution
         One result of :func:`spaformer_sc.tl.attribution`.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     spatial_key
         Coordinates in ``adata.obsm``.
     radius
@@ -93,7 +99,7 @@ def influence(
     _checks.check_instance("attribution", attribution, Attribution, "sf.tl.attribution(adata, model, gene, cell)")
     around = attribution.neighbours
     rows = _checks.check_cells_of(adata, [attribution.cell, *around.index], "attribution")
-    places = _checks.check_places(adata, spatial_key)[rows]
+    places = _checks.check_coordinates(adata, spatial_key)[rows, :2]
     places = places[1:] - places[0]
     contribution = around["contribution"].to_numpy(dtype=np.float64)
     distance, hops = np.abs(places).max(axis=1, initial=0), around["hops"].to_numpy()

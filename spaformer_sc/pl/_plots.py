@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from spaformer_sc import _checks
 from spaformer_sc._data_objects import takes_tables
 from spaformer_sc._keys import Keys
-from spaformer_sc._logging import logger
 from spaformer_sc._result import genes_of, known_of
 from spaformer_sc.training.posterior import STRATA, standard_deviation
 from spaformer_sc.training.reliability import CLEARLY, LEAST_CORRELATION, SURELY
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
+    from spatialdata import SpatialData
 
 
 @takes_tables
@@ -58,8 +58,8 @@ def imputed(
     The observed counts are those that were imputed from, in the scale of the imputed layer; what was not measured is
     left out. The title of the imputed panel has the verdict of the gene. Uncertainty is the standard deviation of the
     posterior of each entry, in the same scale and, up to its own largest values, the same colours; it is left out where
-    the result has none (the Gaussian decoder; ``zeros="keep"`` without ``sd=True``). Fields of view whose coordinates
-    lie on top of one another, since each has its own, are drawn apart.
+    the result has none (the Gaussian decoder; ``zeros="keep"`` without ``sd=True``). Fields of view that would lie on
+    top of one another, since positions start anew in each, are drawn beside one another.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def imputed(
     --------
     >>> sf.pl.imputed(adata, ["EPCAM", "VIM"])
     """
-    maps = maps_of(adata, genes, key_added, fov, size)
+    maps = maps_of(adata, genes, key_added, fov, spatial_key, size)
     shape, width = (len(maps.genes), len(maps.genes[0].panels)), 4.2
     figure = figure_for(fig, (width * shape[1], panel_height(maps.places, width) * shape[0]), save)
     axes = figure.subplots(*shape, squeeze=False)
@@ -153,7 +153,12 @@ class Maps:
 
 
 def maps_of(
-    adata: AnnData, genes: str | Sequence[str], key_added: str, fov: str | None, size: float | None = None
+    adata: Any,
+    genes: str | Sequence[str],
+    key_added: str,
+    fov: str | None,
+    spatial_key: str | None,
+    size: float | None = None,
 ) -> Maps:
     """Read what :func:`imputed` draws; arguments and errors as there."""
     keys = Keys(key_added)
@@ -162,7 +167,7 @@ def maps_of(
     columns = _checks.check_genes(adata, genes)
     names = list(adata.var_names[columns])
     _checks.check_imputed(names, genes_of(params))
-    cells, places = places_of(adata, params, fov)
+    cells, places = places_of(adata, params, fov, spatial_key)
     size = point_size(len(cells), size)
     counts, output = _checks.counts_of_result(adata, params), str(params["output"])
     observed = _scaled(counts, cells, columns, output, float(params["target_sum"]))
@@ -184,9 +189,11 @@ def maps_of(
     return Maps(found, places, size)
 
 
+@takes_tables
 def reliability(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     *,
+    table_key: str | None = None,
     key_added: str = "spaformer",
     ax: Axes | None = None,
     show: bool | None = None,
@@ -257,9 +264,11 @@ def reliability(
     return ax
 
 
+@takes_tables
 def calibration(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     *,
+    table_key: str | None = None,
     key_added: str = "spaformer",
     ax: Axes | None = None,
     show: bool | None = None,
@@ -324,9 +333,11 @@ def calibration(
     return ax
 
 
+@takes_tables
 def history(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     *,
+    table_key: str | None = None,
     key_added: str = "spaformer",
     ax: Axes | None = None,
     show: bool | None = None,

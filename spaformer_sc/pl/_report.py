@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from spaformer_sc import _checks
+from spaformer_sc._data_objects import takes_tables
 from spaformer_sc._files import replacing
 from spaformer_sc._keys import Keys
 from spaformer_sc._logging import logger
@@ -31,6 +32,7 @@ from ._plots import Maps, calibration, history, maps_of, reliability
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from spatialdata import SpatialData
 
 SCORES = ("reliability", "gain_over_baseline", "gain_over_baseline_se", "true_correlation", "held_out")
 """Scores of genes that the page shows."""
@@ -58,12 +60,15 @@ PAPER = (
 )
 
 
+@takes_tables
 def report(
-    adata: AnnData,
+    adata: AnnData | SpatialData,
     path: str | os.PathLike[str],
     *,
+    table_key: str | None = None,
     genes: str | Sequence[str] | None = None,
     key_added: str = "spaformer",
+    spatial_key: str | None = None,
     fov: str | None = None,
     title: str = "Imputation report",
 ) -> Path:
@@ -78,11 +83,16 @@ def report(
         Result of :func:`spaformer_sc.tl.impute`; not changed.
     path
         File to write; its name ends in ``.html``.
+    table_key
+        Of a SpatialData, the table; may be left out where there is only one.
     genes
         Genes to draw in space; by default up to four reliable ones (or, if there are none, weak ones), those whose gain
         over their own counts is the largest in units of its standard error.
     key_added
         Name of the result.
+    spatial_key
+        Positions to draw at; those of the result by default. Where they start anew in each field of view, name global
+        ones here.
     fov
         Draw this field of view only; all cells by default. Scores are of all.
     title
@@ -114,7 +124,7 @@ def report(
     record = _checks.check_result(adata, keys.uns, slots)
     judged = _judged(adata, keys, genes_of(record["params"]))
     chosen = _best(judged) if genes is None else list(adata.var_names[_checks.check_genes(adata, genes)])
-    maps = maps_of(adata, chosen, key_added, fov) if chosen else None
+    maps = maps_of(adata, chosen, key_added, fov, spatial_key) if chosen else None
     parts = [
         _head(adata, record, judged, title),
         _done(record),

@@ -24,6 +24,7 @@ from spaformer_sc._checks import (
     read_counts,
 )
 from spaformer_sc._config import POSITIONAL
+from spaformer_sc._data_objects import takes_tables
 from spaformer_sc._keys import encoding_key
 from spaformer_sc._logging import logger
 from spaformer_sc.data._fields import FieldOfView, GraphConfig, Layout, fields_of_view
