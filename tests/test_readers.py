@@ -216,6 +216,7 @@ def test_nanostring_without_fovs_at_global_positions(cosmx):
     assert adata.uns["spaformer"]["params"]["graph_summary"]["n_fovs"] == 1
 
 
+@pytest.mark.usefixtures("unseen")
 def test_picture_of_a_result_at_local_positions(cosmx, caplog):
     plt = package("matplotlib").pyplot
     adata = nanostring(cosmx)
