@@ -24,7 +24,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from spaformer_sc._keys import Keys
+from spaformer_sc._keys import Keys, encoding_key
 from spaformer_sc._logging import logger
 from spaformer_sc.data._counts import Counts, add_to, in_memory, sums
 from spaformer_sc.training.ranks import being_started, launched
@@ -1274,7 +1274,7 @@ def check_library_key(adata: AnnData, library_key: str | Sequence[str] | None) -
             )
         return None
 
-    columns = check_columns(library_key)
+    columns = check_library_columns(library_key)
     if not columns or len(set(columns)) < len(columns):
         raise ValueError(f"`library_key={library_key!r}` must name at least one column, and none twice.")
     for column in columns:
@@ -1303,7 +1303,7 @@ def check_library_key(adata: AnnData, library_key: str | Sequence[str] | None) -
     return list(columns)
 
 
-def check_columns(library_key: Any) -> list[str]:
+def check_library_columns(library_key: Any) -> list[str]:
     """Check that a `library_key` is the name of a column or a list of such, and return the list.
 
     Raises
@@ -1593,3 +1593,88 @@ def counts_of_result(adata: AnnData, params: Mapping[str, Any]) -> sparse.csr_ma
             "a copy as a layer before you normalise, and pass `layer=` to `sf.tl.impute`."
         )
     return counts
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+def check_encoding(adata: AnnData, name: str) -> tuple[str, dict[str, Any]]:
+    """Find what ``pp.positional_encoding`` wrote, by the name of the encoding or by its key.
+
+    Returns
+    -------
+    Its key, and what it was made with.
+
+    Raises
+    ------
+    KeyError
+        If it was not written.
+    TypeError
+        If `adata` is not an AnnData, or `name` is not a name.
+    """
+    check_is_anndata(adata)
+    check_name("name", name)
+    for key in (encoding_key(name), name):
+        if "encoding" in _params(adata, key) and key in adata.obsm:
+            return key, dict(_params(adata, key))
+    written = [key for key in adata.uns if "encoding" in _params(adata, key)]
+    raise KeyError(
+        f"`name={name!r}`: there is no such encoding in `adata.obsm` (there are: {_listing(written)}); write it with "
+        "`sf.pp.positional_encoding(adata, name)` first."
+    )
+
+
+def check_columns(name: str, value: Any, n: int, most: int) -> list[int]:
+    """Check positions of columns out of `n`; None is all of them, and `most` at equal distances where there are more.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one is not a whole number from 0 to `n` - 1, or there is none.
+    """
+    if value is None:
+        return [int(column) for column in np.linspace(0, n - 1, min(n, most)).round()]
+    chosen = [check_integer(name, one, minimum=0) for one in (value if hasattr(value, "__iter__") else [value])]
+    if not chosen:
+        raise ValueError(f"`{name}` names no column; pass None for all of them.")
+    if max(chosen) >= n:
+        raise ValueError(f"`{name}`: {max(chosen)} is none of the {n} columns, which are counted from 0.")
+    return chosen
+
+
+def check_instance(name: str, value: Any, kind: type, made_by: str) -> None:
+    """Check that an argument is what another function returns.
+
+    Raises
+    ------
+    TypeError
+        If it is anything else.
+    """
+    if not isinstance(value, kind):
+        several = "; pass one of the list" if isinstance(value, list) else ""
+        raise TypeError(f"`{name}` must be what {made_by} returns, not {type(value).__name__}{several}.")
+
+
+def check_cells_of(adata: AnnData, cells: Sequence[str], name: str) -> npt.NDArray[np.int64]:
+    """Find the cells that a result names.
+
+    Raises
+    ------
+    KeyError
+        If some are not in the data.
+    TypeError
+        If `adata` is not an AnnData.
+    ValueError
+        If names of cells are not unique.
+    """
+    check_is_anndata(adata)
+    if not adata.obs_names.is_unique:
+        raise ValueError(
+            f"`{name}` names cells, but `adata.obs_names` are not unique; call `adata.obs_names_make_unique()` before "
+            "the result is made."
+        )
+    rows = adata.obs_names.get_indexer(list(cells))
+    if (rows < 0).any():
+        absent = [cell for cell, row in zip(cells, rows, strict=True) if row < 0]
+        raise KeyError(f"`{name}`: {len(absent)} of its cells are not in `adata.obs_names`: {_listing(absent, 5)}.")
+    return np.asarray(rows, dtype=np.int64)

@@ -82,3 +82,8 @@ class Keys:
             *(("var", self.var(score)) for score in (*SCORES, *BACK)),
             *(("obs", self.obs(score)) for score in OF_CELLS),
         ]
+
+
+def encoding_key(name: str) -> str:
+    """Positional encoding ``name``, ``adata.obsm`` and ``adata.uns``, unless another key is given."""
+    return f"X_pe_{name}"

@@ -125,15 +125,15 @@ def _plain(column: pd.Series) -> Any:
     return column.array if isinstance(column.dtype, pd.CategoricalDtype) else column.to_numpy()
 
 
-def check_path(name: str, path: str | os.PathLike[str]) -> Path:
-    """Check that a file to write ends in ``.h5ad`` or ``.zarr`` and that its folder can be written to.
+def check_path(name: str, path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES) -> Path:
+    """Check that a file to write has one of some endings and that its folder can be written to.
 
     Raises
     ------
     TypeError
         If it is no path.
     ValueError
-        If the ending is neither, or something else is in the way.
+        If the ending is none of these, or something else is in the way.
     FileNotFoundError, PermissionError
         If the folder does not exist or cannot be written to.
     """
@@ -142,8 +142,9 @@ def check_path(name: str, path: str | os.PathLike[str]) -> Path:
     if "\0" in os.fspath(path):
         raise ValueError(f"`{name}={os.fspath(path)!r}` holds a null character, which no path has.")
     target = Path(path)
-    if target.suffix not in SUFFIXES:
-        raise ValueError(f"`{name}={os.fspath(path)!r}` must end in .h5ad or .zarr.")
+    if target.suffix not in suffixes:
+        ending = " or ".join(filter(None, [", ".join(suffixes[:-1]), suffixes[-1]]))
+        raise ValueError(f"`{name}={os.fspath(path)!r}` must end in {ending}.")
     folder = target.absolute().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"`{name}={os.fspath(path)!r}`: the folder {folder} does not exist; create it first.")
@@ -151,7 +152,7 @@ def check_path(name: str, path: str | os.PathLike[str]) -> Path:
         raise PermissionError(f"`{name}={os.fspath(path)!r}`: the folder {folder} cannot be written to.")
     if target.suffix == ".zarr" and target.exists() and not _is_zarr(target):
         raise ValueError(f"`{name}={os.fspath(path)!r}` exists and is not a zarr store; choose another path.")
-    if target.suffix == ".h5ad" and target.is_dir():
+    if target.suffix != ".zarr" and target.is_dir():
         raise ValueError(f"`{name}={os.fspath(path)!r}` is a folder; choose another path.")
     return target
 

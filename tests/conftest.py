@@ -156,6 +156,20 @@ def fitted(shared_tissue):
 
 
 @pytest.fixture
+def unseen():
+    """Draw without a screen, and show nothing unless asked to; figures are closed at the end."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+    from scanpy import settings
+
+    matplotlib.use("Agg")
+    before, settings.autoshow = settings.autoshow, False
+    yield
+    settings.autoshow = before
+    plt.close("all")
+
+
+@pytest.fixture
 def no_training(monkeypatch):
     """Let a test fail that comes to training."""
 

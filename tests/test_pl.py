@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 
 import spaformer_sc as sf
 from tests.conftest import contents
 
+pytestmark = pytest.mark.usefixtures("unseen")
+
 
 @pytest.fixture(scope="module")
 def result():
-    mpl.use("Agg")
     tissue = sf.datasets.simulated_tissue(n_fovs=2, n_cells=200, n_genes=80)
     settings = {"n_networks": 2, "dim": 16, "n_heads": 4}
     sf.tl.impute(tissue, library_key="fov", max_epochs=3, progress=False, settings=settings)
     return tissue
-
-
-@pytest.fixture(autouse=True)
-def close():
-    yield
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
 
 
 def values(ax) -> np.ndarray:

@@ -96,9 +96,8 @@ def test_a_copy_is_a_spatialdata_that_shares_the_rest(two):
         assert "new" not in getattr(two.tables["table"], slot)
 
 
-def test_what_is_read_of_a_result_in_a_table(two):
-    import matplotlib.pyplot as plt
-
+@pytest.mark.usefixtures("unseen")
+def test_what_is_read_of_a_result_in_a_table(two, tmp_path):
     impute(two, table_key="table")
     table = two.tables["table"]
     gene = table.var_names[3]
@@ -117,11 +116,13 @@ def test_what_is_read_of_a_result_in_a_table(two):
         drawn, wanted = (draw(data, **choices) for data, choices in ((two, of), (table, {})))
         assert len(drawn.lines) == len(wanted.lines)
     assert sf.pl.imputed(two, gene, **of).shape == (1, 3)
-    plt.close("all")
     sf.pp.tile(two, **of, library_key="fov", tile_size=30)
     assert table.obs["tile"].nunique() > 3
     sf.pp.positional_encoding(two, "patch", **of, library_key="fov")
     assert table.obsm["X_pe_patch"].shape == (table.n_obs, 2)
+    assert len(sf.pl.encodings(two, "patch", **of)) == 2
+    page = sf.pl.report(two, tmp_path / "report.html", **of, genes=gene)
+    assert gene in page.read_text(encoding="utf-8")
 
 
 def test_the_model(sdata, fitted):

@@ -1,7 +1,10 @@
-"""Plots of a result: in space, of what can be believed, and of the training."""
+"""Plots: a result in space, what can be believed of it, its training, what moved it; and a report of it all."""
 
 from __future__ import annotations
 
+from ._encodings import encodings
+from ._influence import influence, reach
 from ._plots import calibration, history, imputed, reliability
+from ._report import report
 
-__all__ = ["calibration", "history", "imputed", "reliability"]
+__all__ = ["calibration", "encodings", "history", "imputed", "influence", "reach", "reliability", "report"]

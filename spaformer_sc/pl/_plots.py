@@ -1,30 +1,41 @@
-"""Plots. All draw with matplotlib, those in space through squidpy, and give back their axes."""
+"""Plots of a result. All draw with matplotlib, those in space through squidpy, and give back their axes."""
 
 from __future__ import annotations
 
-import warnings
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from spaformer_sc import _checks
 from spaformer_sc._data_objects import takes_tables
 from spaformer_sc._keys import Keys
-from spaformer_sc._logging import logger
 from spaformer_sc._result import genes_of, known_of
-from spaformer_sc.training.posterior import standard_deviation
-from spaformer_sc.training.reliability import CLEARLY, LEAST_CORRELATION, LEVELS, SURELY
+from spaformer_sc.training.posterior import STRATA, standard_deviation
+from spaformer_sc.training.reliability import CLEARLY, LEAST_CORRELATION, SURELY
+
+from ._drawing import (
+    PALETTE,
+    RULE,
+    VERDICTS,
+    axes_for,
+    figure_for,
+    finish,
+    in_space,
+    panel_height,
+    places_of,
+    point_size,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
     from spatialdata import SpatialData
-
-COLOURS = dict(zip(reversed(LEVELS), ("#2a7f62", "#d9a441", "#9a9a9a"), strict=True))
 
 
 @takes_tables
@@ -38,13 +49,17 @@ def imputed(
     fov: str | None = None,
     size: float | None = None,
     cmap: str = "viridis",
+    fig: Figure | SubFigure | None = None,
+    show: bool | None = None,
+    save: str | os.PathLike[str] | None = None,
 ) -> NDArray[Any]:
     """Draw observed and imputed expression of genes, and what is uncertain of it, side by side in space.
 
     The observed counts are those that were imputed from, in the scale of the imputed layer; what was not measured is
     left out. The title of the imputed panel has the verdict of the gene. Uncertainty is the standard deviation of the
     posterior of each entry, in the same scale and, up to its own largest values, the same colours; it is left out where
-    the result has none (the Gaussian decoder; ``zeros="keep"`` without ``sd=True``).
+    the result has none (the Gaussian decoder; ``zeros="keep"`` without ``sd=True``). Fields of view that would lie on
+    top of one another, since positions start anew in each, are drawn beside one another.
 
     Parameters
     ----------
@@ -65,6 +80,13 @@ def imputed(
         Area of a point, in points²; by default so that cells fill the panel.
     cmap
         Colour map.
+    fig
+        Figure or subfigure to draw the panels on; a new one by default.
+    show
+        Whether to show the figure; None does what scanpy is set to (``sc.settings.autoshow``), but for a figure that
+        was passed or is saved.
+    save
+        File to save the figure to; its ending says in which format.
 
     Returns
     -------
@@ -82,74 +104,106 @@ def imputed(
     --------
     >>> sf.pl.imputed(adata, ["EPCAM", "VIM"])
     """
-    import matplotlib.pyplot as plt
-    from anndata import AnnData
+    maps = maps_of(adata, genes, key_added, fov, spatial_key, size)
+    shape, width = (len(maps.genes), len(maps.genes[0].panels)), 4.2
+    figure = figure_for(fig, (width * shape[1], panel_height(maps.places, width) * shape[0]), save)
+    axes = figure.subplots(*shape, squeeze=False)
+    for row, gene in zip(axes, maps.genes, strict=True):
+        heads = (f"observed {gene.zeros}", f"imputed, {gene.verdict}", "uncertainty")
+        for ax, panel, head in zip(row, gene.panels, heads, strict=False):
+            maps.draw(panel, ax, f"{gene.name}: {head}", cmap)
+    finish(figure, show, save, fig)
+    return np.asarray(axes)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of squidpy, about itself
-        import squidpy as sq
 
+@dataclass(frozen=True)
+class Panel:
+    """What one panel shows: a value of each cell, and what it is."""
+
+    values: NDArray[np.float32]
+    label: str
+
+
+@dataclass(frozen=True)
+class GeneMaps:
+    """Panels of a gene: observed, imputed and, where known, its uncertainty."""
+
+    name: str
+    verdict: str
+    zeros: str
+    panels: list[Panel]
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Genes to draw in space, where the cells are (cells × 2), and the area of their points."""
+
+    genes: list[GeneMaps]
+    places: NDArray[np.floating[Any]]
+    size: float
+
+    def draw(self, panel: Panel, ax: Axes, title: str = "", cmap: str = "viridis") -> None:
+        """Draw one panel, with a bar of its colours."""
+        values, top = panel.values, 1.0
+        if np.isfinite(values).any():
+            top = max(float(np.nanquantile(values, 0.995)), 1e-9)
+        points = in_space(ax, self.places, values, title, size=self.size, cmap=cmap, low=0, high=top)
+        beyond = "max" if np.nanmax(values, initial=0) > top else "neither"
+        ax.figure.colorbar(points, ax=ax, shrink=0.7, pad=0.01, label=panel.label, extend=beyond)
+
+
+def maps_of(
+    adata: Any,
+    genes: str | Sequence[str],
+    key_added: str,
+    fov: str | None,
+    spatial_key: str | None,
+    size: float | None = None,
+) -> Maps:
+    """Read what :func:`imputed` draws; arguments and errors as there."""
     keys = Keys(key_added)
     needed = [("layers", keys.layer), ("obs", keys.obs("depth")), ("var", keys.var("reliability"))]
     params = _checks.check_result(adata, keys.uns, needed)["params"]
-    if size is not None:
-        size = _checks.check_positive("size", size)
     columns = _checks.check_genes(adata, genes)
     names = list(adata.var_names[columns])
     _checks.check_imputed(names, genes_of(params))
-    cells = _cells_of(adata, params, fov)
-    places = _checks.check_coordinates(adata, params["spatial_key"] if spatial_key is None else spatial_key)
-    if fov is None and params["library_key"] is not None:
-        _say_if_overlaid(adata, places, params["library_key"])
-    counts = _checks.counts_of_result(adata, params)
-    observed = _scaled(counts, cells, columns, params["output"], float(params["target_sum"]))
-    prediction = np.asarray(adata.layers[keys.layer][:, columns])[cells]
+    cells, places = places_of(adata, params, fov, spatial_key)
+    size = point_size(len(cells), size)
+    counts, output = _checks.counts_of_result(adata, params), str(params["output"])
+    observed = _scaled(counts, cells, columns, output, float(params["target_sum"]))
     missing = _checks.check_layer_of_missing(adata, params["missing"])
     if missing is not None:
         observed[missing[cells][:, columns]] = np.nan
-    shown = AnnData(observed, var={"gene": names})
-    shown.var_names = names
-    shown.layers["imputed"] = prediction
+    shown = [observed, np.asarray(adata.layers[keys.layer][:, columns])[cells]]
     sd = _uncertainty(adata, names, key_added)
-    panels: list[tuple[str | None, NDArray[np.float32]]] = [(None, observed), ("imputed", prediction)]
     if sd is not None:
-        shown.layers["uncertainty"] = sd[cells]
-        panels.append(("uncertainty", sd[cells]))
-    shown.obs["part"] = pd.Categorical(["all"] * len(cells))  # squidpy warns where it is not told of one
-    shown.obsm["spatial"] = places[cells][:, :2]
-    size = float(np.clip(60000 / len(cells), 2, 60)) if size is None else size
-    shape = len(names), len(panels)
-    figure, axes = plt.subplots(*shape, figsize=(4.5 * shape[1], 3.8 * shape[0]), squeeze=False, layout="constrained")
-    verdicts = adata.var[keys.var("reliability")]
-    for row, gene, column in zip(axes, names, columns, strict=True):
-        zeros = np.mean(observed[np.isfinite(observed[:, names.index(gene)]), names.index(gene)] == 0)
-        titles = (
-            f"{gene}: observed ({zeros:.0%} zeros)",
-            f"{gene}: imputed, {params['output']} ({verdicts.iloc[column]})",
-            f"{gene}: uncertainty (standard deviation)",
-        )
-        for ax, (layer, panel), title in zip(row, panels, titles, strict=False):
-            values = panel[:, names.index(gene)]
-            top = max(float(np.nanquantile(values, 0.995)), 1e-9) if np.isfinite(values).any() else 1.0
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PendingDeprecationWarning)  # of matplotlib, for squidpy
-                warnings.filterwarnings("ignore", "The method obs_vector", FutureWarning)  # of anndata, for squidpy
-                sq.pl.spatial_scatter(
-                    shown, color=gene, layer=layer, shape=None, library_key="part", size=size, cmap=cmap,
-                    vmin=0, vmax=top, title=title, ax=ax, fig=figure, frameon=False, colorbar=False,
-                )  # fmt: skip
-            figure.colorbar(ax.collections[0], ax=ax, shrink=0.6, pad=0.01)
-    return np.asarray(axes)
+        shown.append(sd[cells])
+    labels = (output, output, f"standard deviation, {output}")
+    found = []
+    verdicts = adata.var[keys.var("reliability")].iloc[columns].astype(str)
+    for number, (name, verdict) in enumerate(zip(names, verdicts, strict=True)):
+        measured = observed[np.isfinite(observed[:, number]), number]
+        zeros = f"({np.mean(measured == 0):.0%} zeros)" if len(measured) else "(not measured)"
+        panels = [Panel(values[:, number], label) for values, label in zip(shown, labels, strict=False)]
+        found.append(GeneMaps(name, verdict, zeros, panels))
+    return Maps(found, places, size)
 
 
 @takes_tables
 def reliability(
-    adata: AnnData | SpatialData, *, table_key: str | None = None, key_added: str = "spaformer", ax: Axes | None = None
+    adata: AnnData | SpatialData,
+    *,
+    table_key: str | None = None,
+    key_added: str = "spaformer",
+    ax: Axes | None = None,
+    show: bool | None = None,
+    save: str | os.PathLike[str] | None = None,
 ) -> Axes:
     """Draw what can be believed: each gene's gain over its own counts, and its estimated correlation with the truth.
 
-    Colours are the verdicts (:func:`spaformer_sc.tl.impute`), lines what they ask for: the gain over the baseline in
-    units of its standard error, and the correlation. Larger points have more held-out transcripts.
+    Colours and markers are the verdicts (:func:`spaformer_sc.tl.impute`), lines what they ask for: the gain over the
+    baseline in units of its standard error, and the correlation. Larger points have more held-out transcripts; genes
+    with fewer than 10 are `no better than baseline` wherever they lie.
 
     Parameters
     ----------
@@ -161,6 +215,11 @@ def reliability(
         Name of the result.
     ax
         Where to draw; a new figure by default.
+    show
+        Whether to show the figure; None does what scanpy is set to (``sc.settings.autoshow``), but for axes that were
+        passed and a figure that is saved.
+    save
+        File to save the figure to; its ending says in which format.
 
     Returns
     -------
@@ -171,36 +230,49 @@ def reliability(
     KeyError
         If there is no result of this name.
     """
-    import matplotlib.pyplot as plt
-
     keys = Keys(key_added)
     shown = ("held_out", "true_correlation", "gain_over_baseline", "gain_over_baseline_se", "reliability")
     _checks.check_result(adata, keys.uns, [("var", keys.var(name)) for name in shown])
     held, value, gain, error, verdict = (adata.var[keys.var(name)] for name in shown)
-    ax = plt.subplots(figsize=(6, 4), layout="constrained")[1] if ax is None else ax
-    for name, colour in COLOURS.items():
+    given, ax = ax, axes_for(ax, (6.4, 4.4), save)
+    for name, (colour, marker) in reversed(VERDICTS.items()):  # the best on top
         of = (verdict == name) & value.notna() & (error > 0)
-        size = 2 + 4 * np.log10(np.maximum(held[of], 1)) ** 1.5
+        size = 4 + 5 * np.log10(np.maximum(held[of], 1)) ** 1.5
         ax.scatter(
-            gain[of] / error[of], value[of], s=size, color=colour, alpha=0.7, linewidth=0,
-            label=f"{name}: {int((verdict == name).sum())} genes",
+            gain[of] / error[of], value[of], s=size, color=colour, marker=marker, alpha=0.75,
+            linewidth=1 if marker == "x" else 0, label=f"{name}: {int((verdict == name).sum())} genes",
         )  # fmt: skip
     for x in (CLEARLY, SURELY):
-        ax.axvline(x, color="0.6", linewidth=0.8, linestyle=":")
+        ax.axvline(x, color=RULE, linewidth=0.8, linestyle=":")
     ax.plot(
-        [SURELY, max(ax.get_xlim()[1], 2 * SURELY)], [LEAST_CORRELATION] * 2, color="0.6", linewidth=0.8, linestyle=":"
+        [SURELY, max(ax.get_xlim()[1], 2 * SURELY)], [LEAST_CORRELATION] * 2, color=RULE, linewidth=0.8, linestyle=":"
     )
     ax.set_xscale("symlog", linthresh=SURELY)
+    low, high = ax.get_xlim()
+    ticks = [x for x in (-100, -30, -10, -3, 0, CLEARLY, SURELY, 10, 30, 100) if low <= x <= high]
+    ax.set_xticks(ticks, [f"{x:g}".replace("-", "\N{MINUS SIGN}") for x in ticks])
+    ax.set_xticks([], minor=True)
     ax.set_ylim(-0.3, 1.05)
     ax.set_xlabel("gain over the gene's own counts, in standard errors")
-    ax.set_ylabel("estimated correlation with the truth")
-    ax.legend(fontsize=8, frameon=False)
+    ax.set_ylabel("estimated correlation with the truth (cut at 1)")
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(
+        handles[::-1], labels[::-1], fontsize=8, frameon=False, ncols=3, columnspacing=1, handletextpad=0,
+        loc="lower right", bbox_to_anchor=(1.01, 1),
+    )  # fmt: skip
+    finish(ax.figure, show, save, given)
     return ax
 
 
 @takes_tables
 def calibration(
-    adata: AnnData | SpatialData, *, table_key: str | None = None, key_added: str = "spaformer", ax: Axes | None = None
+    adata: AnnData | SpatialData,
+    *,
+    table_key: str | None = None,
+    key_added: str = "spaformer",
+    ax: Axes | None = None,
+    show: bool | None = None,
+    save: str | os.PathLike[str] | None = None,
 ) -> Axes:
     """Draw by how much intervals cover held-out counts more or less often than they should.
 
@@ -220,6 +292,11 @@ def calibration(
         Name of the result.
     ax
         Where to draw; a new figure by default.
+    show
+        Whether to show the figure; None does what scanpy is set to (``sc.settings.autoshow``), but for axes that were
+        passed and a figure that is saved.
+    save
+        File to save the figure to; its ending says in which format.
 
     Returns
     -------
@@ -232,7 +309,7 @@ def calibration(
     ValueError
         If it has no intervals, or too few counts were held out to say how often they cover.
     """
-    import matplotlib.pyplot as plt
+    import matplotlib as mpl
 
     posterior = _checks.check_result(adata, Keys(key_added).uns).get("posterior")
     if posterior is None or not posterior["n_scored"]:
@@ -240,24 +317,35 @@ def calibration(
             f"`key_added={key_added!r}`: nothing is known of the coverage of intervals: "
             + ("the Gaussian decoder gives none." if posterior is None else "too few transcripts were held out.")
         )
-    ax = plt.subplots(figsize=(4.5, 4), layout="constrained")[1] if ax is None else ax
+    given, ax = ax, axes_for(ax, (5.4, 4), save)
     levels = np.asarray(posterior["levels"], dtype=float)
-    ax.axhline(0, color="0.6", linewidth=0.8)
-    for name, covered in {"all": posterior["coverage"], **posterior["strata"]}.items():
-        ax.plot(100 * levels, 100 * (np.asarray(covered, dtype=float) - levels), label=name)
+    ax.axhline(0, color=RULE, linewidth=0.8)
+    styles = [(mpl.rcParams["text.color"], "-"), (PALETTE[5], "--"), (PALETTE[0], "-."), (PALETTE[4], ":")]
+    strata = {name: posterior["strata"][name] for name in STRATA if name in posterior["strata"]}  # files sort them
+    for (name, covered), (colour, line) in zip({"all": posterior["coverage"], **strata}.items(), styles, strict=False):
+        ax.plot(100 * levels, 100 * (np.asarray(covered, dtype=float) - levels), line, color=colour, label=name)
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, -5), max(high, 5))
     ax.set_xlabel("level of the intervals, %")
     ax.set_ylabel("held-out counts inside, minus level (points)")
     ax.legend(title="expected count", fontsize=8, frameon=False)
+    finish(ax.figure, show, save, given)
     return ax
 
 
 @takes_tables
 def history(
-    adata: AnnData | SpatialData, *, table_key: str | None = None, key_added: str = "spaformer", ax: Axes | None = None
+    adata: AnnData | SpatialData,
+    *,
+    table_key: str | None = None,
+    key_added: str = "spaformer",
+    ax: Axes | None = None,
+    show: bool | None = None,
+    save: str | os.PathLike[str] | None = None,
 ) -> Axes:
     """Draw the score on what was held out over the steps of training, a line for each network.
+
+    The best score of each, at which its weights were kept, has a point and the number of the network.
 
     Parameters
     ----------
@@ -269,6 +357,11 @@ def history(
         Name of the result.
     ax
         Where to draw; a new figure by default.
+    show
+        Whether to show the figure; None does what scanpy is set to (``sc.settings.autoshow``), but for axes that were
+        passed and a figure that is saved.
+    save
+        File to save the figure to; its ending says in which format.
 
     Returns
     -------
@@ -279,22 +372,26 @@ def history(
     KeyError
         If there is no result of this name.
     """
-    import matplotlib.pyplot as plt
-
     record = _checks.check_result(adata, Keys(key_added).uns)
     course = {name: np.asarray(values, dtype=float) for name, values in record["history"].items()}
     networks = record["params"]["networks"]
-    ax = plt.subplots(figsize=(6, 4), layout="constrained")[1] if ax is None else ax
+    given, ax = ax, axes_for(ax, (6.4, 4), save)
     for number, (form, weight) in enumerate(zip(networks["form"], networks["weight"], strict=True)):
         of = course["network"] == number
         step, score = course["step"][of], course["validation"][of]
-        (line,) = ax.plot(step, score, label=f"{number + 1}: {form}, weight {weight:.2f}")
+        colour, line = PALETTE[number % len(PALETTE)], ("-", "--", "-.", ":")[number % 4]
+        ax.plot(step, score, line, color=colour, label=f"{number + 1}: {form}, weight {weight:.2f}")
         if np.isfinite(score).any():
             best = int(np.nanargmax(score))
-            ax.plot(step[best], score[best], "o", color=line.get_color(), markersize=5)
-    ax.set_xlabel("step")
+            ax.plot(step[best], score[best], "o", color=colour, markersize=5)
+            ax.annotate(
+                str(number + 1), (step[best], score[best]), (0, 5), textcoords="offset points", ha="center", fontsize=8
+            )
+    ax.set_xlabel("training step")
     ax.set_ylabel("held out: nats per transcript over gene means")
     ax.legend(title="network", fontsize=8, frameon=False)
+    ax.margins(y=0.1)
+    finish(ax.figure, show, save, given)
     return ax
 
 
@@ -308,32 +405,6 @@ def _uncertainty(adata: AnnData, names: list[str], key_added: str) -> NDArray[np
         return None
     known = known_of(adata, names, key_added)
     return standard_deviation(known.mean, known.shape, record["params"]["output"], known.target_sum, known.depth)
-
-
-def _cells_of(adata: AnnData, params: dict[str, Any], fov: str | None) -> NDArray[np.int64]:
-    from spaformer_sc.data._labels import field_codes
-
-    if fov is None:
-        return np.arange(adata.n_obs)
-    key = params["library_key"]
-    if key is None:
-        raise ValueError(f"`fov={fov!r}`: the result has no fields of view; it was made without `library_key`.")
-    codes, names = field_codes(adata.obs, key if isinstance(key, str) else list(key))
-    if str(fov) not in names:
-        raise KeyError(f"`fov={fov!r}` is none of the fields of view: {', '.join(names[:10])}.")
-    return np.flatnonzero(codes == names.index(str(fov)))
-
-
-def _say_if_overlaid(adata: AnnData, places: NDArray[np.float64], library_key: Any) -> None:
-    """Log that fields of view are drawn on top of each other."""
-    from spaformer_sc.data._labels import field_codes
-
-    codes, _ = field_codes(adata.obs, library_key if isinstance(library_key, str) else list(library_key))
-    if _checks.lie_on_each_other(places, codes):
-        logger.warning(
-            "fields of view are drawn on top of each other, since positions start anew in each: pass `fov=` to draw "
-            "one, or `spatial_key=` with global positions."
-        )
 
 
 def _scaled(

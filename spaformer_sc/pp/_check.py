@@ -187,7 +187,7 @@ def check(
             _checks.check_name(name, value)
     _checks.check_name("spatial_key", spatial_key)
     if library_key is not None:
-        _checks.check_columns(library_key)
+        _checks.check_library_columns(library_key)
     sd, timing = _checks.check_flag("sd", sd), _checks.check_flag("timing", timing)
     model = SpaFormer(
         library_key=library_key,

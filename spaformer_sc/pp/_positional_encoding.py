@@ -25,6 +25,7 @@ from spaformer_sc._checks import (
 )
 from spaformer_sc._config import POSITIONAL
 from spaformer_sc._data_objects import takes_tables
+from spaformer_sc._keys import encoding_key
 from spaformer_sc._logging import logger
 from spaformer_sc.data._fields import FieldOfView, GraphConfig, Layout, fields_of_view
 from spaformer_sc.data._graph import given_graph
@@ -153,7 +154,7 @@ def positional_encoding(
     n_frequencies = check_integer("n_frequencies", n_frequencies)
     patch_size = None if patch_size is None else check_positive("patch_size", patch_size)
     copy = check_flag("copy", copy)
-    key = f"X_pe_{name}" if key_added is None else key_added
+    key = encoding_key(name) if key_added is None else key_added
     check_key_added(adata, key, slots=[("obsm", key)], mark="encoding")
     if key == spatial_key:
         raise ValueError(f"`key_added={key!r}` is also `spatial_key`, which would be lost; choose another name.")
