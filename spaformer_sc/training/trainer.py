@@ -413,4 +413,5 @@ def train(
             batches.close()  # what another rank has no part in is made no more
             if epoch == n_epochs - 1 and watch.losses and not watch.check(step, float(n_epochs)):
                 return watch.diverged(step, config.learning_rate)
+        progress(step, step, watch.best_score)  # the number of steps was planned to within a few
     return watch.result()
