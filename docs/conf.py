@@ -94,13 +94,13 @@ def _short_types(app: Any, *_: Any) -> None:
 
 def _within_the_pages(app: Any, name: str, source: list[str]) -> None:
     """Let links that hold in the repository hold in the pages, where some files have another place."""
-    text = source[0].replace("](../benchmarks/README.md", "](benchmarks.md")
+    text = source[0].replace("](../benchmarks/README.md", "](benchmarks.md").replace("](../tutorials/", "](tutorials/")
     if name.startswith("tutorials/"):
-        text = text.replace("](../docs/", "](../")
+        text = text.replace("](../docs/", "](../").replace("](../CONTRIBUTING.md", "](../contributing.md")
     if name.endswith("/tables") and not text.startswith("# "):  # as a benchmark printed them
         text = f"# All figures: {name.split('/')[0]}\n\n{text}"
     if name == "tutorials" and not any((HERE / "tutorials").iterdir()):  # as in a source distribution
-        text = text[: text.index("```{toctree}")] + "They are in the repository, in `tutorials`."
+        text = "# Tutorials\n\nThey are in the repository, in `tutorials`."
     source[0] = text
 
 
