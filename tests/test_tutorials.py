@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 TUTORIALS = sorted((Path(__file__).resolve().parents[1] / "tutorials").glob("*.ipynb"))
-TINY = {"n_fovs": 2, "n_cells": 80, "n_genes": 45}
+TINY = {"n_fovs": 3, "n_cells": 80, "n_genes": 45}
 SMALL = {
     "1_quick_start": {"QUALITY": "fast", "SIZE": TINY},
     "2_cosmx_lung": {"SIZE": {"n_fovs": 2, "n_cells": 150, "n_genes": 80}},
@@ -18,6 +19,20 @@ SMALL = {
     "6_notebook_to_cluster": {"SIZE": TINY},
 }
 """What is set in place of the parameters of each."""
+
+SHORT = """
+from dataclasses import replace
+from spaformer_sc import _config
+
+whole = _config.resolve
+
+def short(*args, **kwargs):
+    settings = whole(*args, **kwargs)
+    return replace(settings, training=replace(settings.training, n_steps=min(20, settings.training.n_steps)))
+
+_config.resolve = short
+"""
+"""Read by every Python that a tutorial starts: trainings of a few steps."""
 
 
 @pytest.fixture(params=SMALL)
@@ -77,6 +92,7 @@ def test_tutorials_run(notebook, tmp_path, monkeypatch):
         settings[0].source, n = re.subn(rf"(?m)^{parameter} = .*$", f"{parameter} = {value!r}", settings[0].source)
         assert n == 1
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # of other packages about each other
+    (tmp_path / "sitecustomize.py").write_text(SHORT)
     root = Path(__file__).resolve().parents[1]
-    monkeypatch.setenv("PYTHONPATH", str(root))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(root)]))
     client.NotebookClient(found, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
