@@ -46,6 +46,9 @@ _LARGEST_COUNT = 1e9
 _LARGEST_POSITION = 1e15
 #: From here on images lie on top of each other: 0 where they adjoin, 0.8 where each covers the others.
 _OVERLAID = 0.15
+#: Share of all neighbours that are of another image of the place from which images are refused, not warned of. Images
+#: that overlap by a third on all sides stay below, and so do a few cells that have a label of their own.
+_REFUSED = 0.25
 #: How names of features begin that are no genes: controls of CosMx, Xenium and MERSCOPE.
 _CONTROLS = re.compile(
     r"neg(ative)?[-_ ]?(prb|probe|control|ctrl)|negative(?=\d)|system[-_ ]?control|false[-_ ]?code|blank[-_](?=\d)"
@@ -1121,12 +1124,14 @@ def check_images_apart(
     Warns
     -----
     UserWarning
-        If images lie on top of each other that are told apart by a column of slides, samples or the like.
+        If images lie on top of each other that are told apart by a column of slides, samples or the like, or that do so
+        in part.
 
     Raises
     ------
     ValueError
-        If images lie on top of each other that are told apart by a column of fields of view.
+        If images lie on top of each other that are told apart by a column of fields of view, and a quarter of the
+        neighbours are of another.
     """
     from spaformer_sc.data._labels import as_frame, field_codes, fov_columns, slide_columns, suggested_library_key
     from spaformer_sc.data._overlap import Neighbours
@@ -1151,8 +1156,8 @@ def check_images_apart(
             "top of each other, as where positions start anew in each, and cells of different images would be taken as "
             f"neighbours. Pass {advice}."
         )
-        if column in fovs:
-            raise ValueError(message)
+        if column in fovs and near.mixed(images) >= _REFUSED:
+            raise ValueError(f"{message} If they show one place (planes of a stack), rename the column.")
         warnings.warn(message, UserWarning, stacklevel=_stack_level())
         return
 
