@@ -1282,14 +1282,7 @@ def check_library_key(adata: AnnData, library_key: str | Sequence[str] | None) -
     columns = check_library_columns(library_key)
     if not columns or len(set(columns)) < len(columns):
         raise ValueError(f"`library_key={library_key!r}` must name at least one column, and none twice.")
-    for column in columns:
-        if column not in adata.obs.columns:
-            obs = as_frame(adata.obs)
-            discrete = [name for name in obs if isinstance(obs[name].dtype, pd.CategoricalDtype)]
-            raise KeyError(
-                f"`library_key={column!r}` is not in `adata.obs`; categorical columns are: {_listing(discrete)}."
-                f"{_did_you_mean(column, adata.obs.columns)}"
-            )
+    check_in_obs(adata, columns)
     labels = as_frame(adata.obs, list(columns))
     for column in columns:
         _check_labels(column, labels[column])
@@ -1322,6 +1315,26 @@ def check_library_columns(library_key: Any) -> list[str]:
             f"`library_key={library_key!r}` must be the name of a column of `adata.obs` or a list of names."
         )
     return list(columns)
+
+
+def check_in_obs(adata: AnnData, columns: Iterable[str]) -> None:
+    """Check that columns that name fields of view are there.
+
+    Raises
+    ------
+    KeyError
+        If one is not.
+    """
+    from spaformer_sc.data._labels import as_frame
+
+    for column in columns:
+        if column not in adata.obs.columns:
+            obs = as_frame(adata.obs)
+            discrete = [name for name in obs if isinstance(obs[name].dtype, pd.CategoricalDtype)]
+            raise KeyError(
+                f"`library_key={column!r}` is not in `adata.obs`; categorical columns are: {_listing(discrete)}."
+                f"{_did_you_mean(column, adata.obs.columns)}"
+            )
 
 
 def check_some_left(n_counts: int) -> None:
