@@ -860,7 +860,7 @@ def describe_empty(counts: Counts) -> None:
 
 def describe_controls(adata: AnnData) -> None:
     """Log which features are no genes, by their name or type; they are taken as genes."""
-    found = {name: _CONTROLS.match(name) for name in adata.var_names}
+    found = {name: _CONTROLS.match(str(name)) for name in adata.var_names}
     begin = {name: match.group() for name, match in found.items() if match}
     chosen = f"~adata.var_names.str.startswith({tuple(sorted(set(begin.values())))!r})"
     controls = list(begin)
