@@ -277,6 +277,16 @@ def test_a_window_without_neighbours_is_empty() -> None:
     assert "(0% of their influence in view)" in ax.get_title()
 
 
+def test_neighbours_in_the_place_of_the_cell_are_drawn() -> None:
+    adata = made_up.result()
+    found = made_up.attribution(adata)
+    near = found.neighbours.index[found.neighbours["hops"] <= 2]
+    adata.obsm["spatial"][adata.obs_names.get_indexer(near)] = adata[found.cell].obsm["spatial"]
+    ax, _ = sf.pl.influence(adata, found)
+    assert ax.get_xlim() == (-1, 1)
+    assert len(ax.collections[0].get_offsets()) == len(near)
+
+
 def test_influence_refuses_what_does_not_fit() -> None:
     adata = made_up.result()
     found = made_up.attribution(adata)
