@@ -46,6 +46,9 @@ _LARGEST_COUNT = 1e9
 _LARGEST_POSITION = 1e15
 #: From here on images lie on top of each other: 0 where they adjoin, 0.8 where each covers the others.
 _OVERLAID = 0.15
+#: Share of all neighbours that are of another image of the place from which images are refused, not warned of. Images
+#: that overlap by a third on all sides stay below, and so do a few cells that have a label of their own.
+_REFUSED = 0.25
 #: How names of features begin that are no genes: controls of CosMx, Xenium and MERSCOPE.
 _CONTROLS = re.compile(
     r"neg(ative)?[-_ ]?(prb|probe|control|ctrl)|negative(?=\d)|system[-_ ]?control|false[-_ ]?code|blank[-_](?=\d)"
@@ -857,7 +860,7 @@ def describe_empty(counts: Counts) -> None:
 
 def describe_controls(adata: AnnData) -> None:
     """Log which features are no genes, by their name or type; they are taken as genes."""
-    found = {name: _CONTROLS.match(name) for name in adata.var_names}
+    found = {name: _CONTROLS.match(str(name)) for name in adata.var_names}
     begin = {name: match.group() for name, match in found.items() if match}
     chosen = f"~adata.var_names.str.startswith({tuple(sorted(set(begin.values())))!r})"
     controls = list(begin)
@@ -1121,12 +1124,14 @@ def check_images_apart(
     Warns
     -----
     UserWarning
-        If images lie on top of each other that are told apart by a column of slides, samples or the like.
+        If images lie on top of each other that are told apart by a column of slides, samples or the like, or that do so
+        in part.
 
     Raises
     ------
     ValueError
-        If images lie on top of each other that are told apart by a column of fields of view.
+        If images lie on top of each other that are told apart by a column of fields of view, and a quarter of the
+        neighbours are of another.
     """
     from spaformer_sc.data._labels import as_frame, field_codes, fov_columns, slide_columns, suggested_library_key
     from spaformer_sc.data._overlap import Neighbours
@@ -1151,8 +1156,8 @@ def check_images_apart(
             "top of each other, as where positions start anew in each, and cells of different images would be taken as "
             f"neighbours. Pass {advice}."
         )
-        if column in fovs:
-            raise ValueError(message)
+        if column in fovs and near.mixed(images) >= _REFUSED:
+            raise ValueError(f"{message} If they show one place (planes of a stack), rename the column.")
         warnings.warn(message, UserWarning, stacklevel=_stack_level())
         return
 
@@ -1277,14 +1282,7 @@ def check_library_key(adata: AnnData, library_key: str | Sequence[str] | None) -
     columns = check_library_columns(library_key)
     if not columns or len(set(columns)) < len(columns):
         raise ValueError(f"`library_key={library_key!r}` must name at least one column, and none twice.")
-    for column in columns:
-        if column not in adata.obs.columns:
-            obs = as_frame(adata.obs)
-            discrete = [name for name in obs if isinstance(obs[name].dtype, pd.CategoricalDtype)]
-            raise KeyError(
-                f"`library_key={column!r}` is not in `adata.obs`; categorical columns are: {_listing(discrete)}."
-                f"{_did_you_mean(column, adata.obs.columns)}"
-            )
+    check_in_obs(adata, columns)
     labels = as_frame(adata.obs, list(columns))
     for column in columns:
         _check_labels(column, labels[column])
@@ -1317,6 +1315,26 @@ def check_library_columns(library_key: Any) -> list[str]:
             f"`library_key={library_key!r}` must be the name of a column of `adata.obs` or a list of names."
         )
     return list(columns)
+
+
+def check_in_obs(adata: AnnData, columns: Iterable[str]) -> None:
+    """Check that columns that name fields of view are there.
+
+    Raises
+    ------
+    KeyError
+        If one is not.
+    """
+    from spaformer_sc.data._labels import as_frame
+
+    for column in columns:
+        if column not in adata.obs.columns:
+            obs = as_frame(adata.obs)
+            discrete = [name for name in obs if isinstance(obs[name].dtype, pd.CategoricalDtype)]
+            raise KeyError(
+                f"`library_key={column!r}` is not in `adata.obs`; categorical columns are: {_listing(discrete)}."
+                f"{_did_you_mean(column, adata.obs.columns)}"
+            )
 
 
 def check_some_left(n_counts: int) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from ._checks import check_choice, check_flag, check_number
+from ._checks import _did_you_mean, check_choice, check_flag, check_number
 from ._logging import logger
 
 VERBOSITIES = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
@@ -65,9 +64,7 @@ class SessionSettings:
     def __setattr__(self, name: str, value: Any) -> None:
         known = [option for option, found in vars(type(self)).items() if isinstance(found, property)]
         if name not in known and not name.startswith("_"):
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
-            raise AttributeError(f"`settings` has no `{name}`.{hint} It has: {', '.join(known)}.")
+            raise AttributeError(f"`settings` has no `{name}`.{_did_you_mean(name, known)} It has: {', '.join(known)}.")
         super().__setattr__(name, value)
 
     @property

@@ -235,7 +235,12 @@ def _read(path: str, table_key: str | None) -> AnnData:
             return anndata.read_h5ad(source, backed="r")
         return read_zarr(source, table_key)
     except Exception as error:  # whatever a damaged file makes of h5py, zarr and anndata
-        raise ValueError(f"`IN={path!r}` cannot be read as an AnnData: {error}") from error
+        raise ValueError(f"`IN={path!r}` cannot be read as an AnnData: {_said(error)}") from error
+
+
+def _said(error: BaseException) -> object:
+    """Message of an error; that of a KeyError without the quotes that its `str` has."""
+    return error.args[0] if isinstance(error, KeyError) and error.args else error
 
 
 def _impute(arguments: argparse.Namespace) -> int:
@@ -375,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"spaformer-sc: {said or 'out of memory; impute fewer genes, or a part of the cells.'}", file=sys.stderr
             )
             return 1
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        message = _said(error)
         # What HDF5 tells of its insides has the cause in the middle.
         if cause := re.search(r"file write failed.*?errno = (\d+)", str(error), re.DOTALL):
             message = f"{os.strerror(int(cause[1]))}."

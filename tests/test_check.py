@@ -311,6 +311,20 @@ def test_missing_entries(tissue):
     assert f"{100 * (left == 0)[~tissue.layers['mask']].mean():.1f} % of entries are zero" in found(report, "counts")
 
 
+def test_missing_entries_of_counts_in_a_file(tissue, tmp_path):
+    tissue.layers["mask"] = np.ones(tissue.shape, dtype=bool)
+    tissue.layers["mask"][:60, :10] = False
+    tissue.write_h5ad(tmp_path / "tissue.h5ad")
+    report = check(ad.read_h5ad(tmp_path / "tissue.h5ad", backed="r"), missing="mask")
+    assert f"{100 * (tissue.X.toarray() == 0).mean():.1f} % of entries are zero" in found(report, "counts")
+
+
+def test_names_that_are_no_strings_are_one_error(tissue):
+    tissue.var.index = range(tissue.n_vars)
+    assert found(check(tissue), "cells and genes", "error").count("must be strings") == 1
+    assert "expected string" not in str(check(tissue))
+
+
 def local(adata):
     """Positions that start at 0 in every field of view."""
     positions = pd.DataFrame(adata.obsm["spatial"]).groupby(adata.obs["fov"].to_numpy())

@@ -184,6 +184,13 @@ def test_only_fields_on_top_of_one_another_are_moved(caplog) -> None:
     assert sorted(map(tuple, shown)) == sorted(map(tuple, adata.obsm["global"]))
 
 
+def test_a_column_of_fields_that_is_gone() -> None:
+    adata = made_up.result()
+    del adata.obs["fov"]
+    with pytest.raises(KeyError, match=r"`library_key='fov'` is not in `adata\.obs`"):
+        sf.pl.imputed(adata, "gene3")
+
+
 # --- encodings --------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +268,23 @@ def test_share_in_view_grows_with_the_window() -> None:
         return int(title.split("(")[1].split("%")[0])
 
     assert share(12) < share(25) < share(1000) == 100
+
+
+def test_a_window_without_neighbours_is_empty() -> None:
+    adata = made_up.result()
+    ax, _ = sf.pl.influence(adata, made_up.attribution(adata), radius=1)
+    assert not len(ax.collections[0].get_offsets())
+    assert "(0% of their influence in view)" in ax.get_title()
+
+
+def test_neighbours_in_the_place_of_the_cell_are_drawn() -> None:
+    adata = made_up.result()
+    found = made_up.attribution(adata)
+    near = found.neighbours.index[found.neighbours["hops"] <= 2]
+    adata.obsm["spatial"][adata.obs_names.get_indexer(near)] = adata[found.cell].obsm["spatial"]
+    ax, _ = sf.pl.influence(adata, found)
+    assert ax.get_xlim() == (-1, 1)
+    assert len(ax.collections[0].get_offsets()) == len(near)
 
 
 def test_influence_refuses_what_does_not_fit() -> None:

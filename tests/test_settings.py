@@ -60,7 +60,7 @@ def test_defaults_and_how_they_are_shown(settings, monkeypatch):
         ("cache_size", "much", TypeError, "`settings.cache_size='much'` must be a number"),
         ("cache_dir", 3, TypeError, "`settings.cache_dir=3` must be a path or None"),
         ("cache_dir", __file__, ValueError, "is a file; name a folder"),
-        ("verbose", 2, AttributeError, "`settings` has no `verbose`. Did you mean `verbosity`"),
+        ("verbose", 2, AttributeError, "`settings` has no `verbose`. Did you mean 'verbosity'"),
     ],
 )
 def test_what_is_refused_changes_nothing(settings, name, value, error, message):

@@ -191,7 +191,9 @@ def test_the_command_line_takes_the_table_of_a_store(two, tmp_path, capsys):
     assert run() != 0
     assert "2 tables: nuclei, table. Name the one with the counts" in capsys.readouterr().err
     assert run("--table-key", "nucleus") != 0
-    assert "Did you mean 'nuclei'?" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "AnnData: `table_key='nucleus'` is not in" in said
+    assert "Did you mean 'nuclei'?" in said
     assert run("--table-key", "table") == 0
     assert sha256(tmp_path / "two.zarr") == before
     impute(two, table_key="table")

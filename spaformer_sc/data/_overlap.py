@@ -47,22 +47,32 @@ class Neighbours:
     def overlaid(self, images: npt.NDArray[Any]) -> float:
         """How much the images of a field lie on top of each other.
 
-        The share of the neighbours that are of another image, in a place that both images cover, of what it would be if
-        neighbours were drawn at random from the field. An image covers its middle, the box between the 5 % and the 95 %
-        quantile of its cells on each axis; a pair of neighbours counts where each lies in the middle of the other's
-        image. So it is 0 where images adjoin, however few cells they have, and about 0.8 where they lie on top of each
-        other in a plane.
+        What is :meth:`mixed`, of what it would be if neighbours were drawn at random from the field: 0 where images
+        adjoin, however few cells they have, and about 0.8 where they lie on top of each other in a plane.
 
         Parameters
         ----------
         images
             The image of each cell (cells,), as a number.
         """
+        mixed, at_random = self._shares(images)
+        return mixed / at_random if mixed else 0.0
+
+    def mixed(self, images: npt.NDArray[Any]) -> float:
+        """Share of the neighbours that are of another image, in a place that both images cover.
+
+        An image covers its middle, the box between the 5 % and the 95 % quantile of its cells on each axis; a pair of
+        neighbours counts where each lies in the middle of the other's image.
+        """
+        return self._shares(images)[0]
+
+    def _shares(self, images: npt.NDArray[Any]) -> tuple[float, float]:
+        """Share of the neighbours that are `mixed`, and that of another image were they drawn at random."""
         _, image = np.unique(images, return_inverse=True)
         # Parts of images, each in one field.
         _, first_of, number = np.unique(self.codes * (image.max() + 1) + image, return_index=True, return_inverse=True)
         if len(first_of) == len(np.unique(self.codes)):
-            return 0.0
+            return 0.0, 0.0
         by_image = pd.DataFrame(self._coordinates).groupby(number)
         low, high = (by_image.quantile(share).to_numpy() for share in (_MARGIN, 1 - _MARGIN))
         first, second = self._pairs
@@ -73,5 +83,4 @@ class Neighbours:
 
         mixed = (number[first] != number[second]) & covers(first, second) & covers(second, first)
         same = np.bincount(number) / np.bincount(self.codes)[self.codes[first_of]]
-        at_random = 1 - same[number].mean()
-        return float(mixed.mean() / at_random) if len(mixed) else 0.0
+        return float(mixed.mean()) if len(mixed) else 0.0, float(1 - same[number].mean())

@@ -127,6 +127,9 @@ def in_space(
     """
     from anndata import AnnData
 
+    if not len(values):  # of which squidpy draws nothing, not even a title
+        ax.set_title(title)
+        return ax.scatter([], [], c=[], cmap=cmap, vmin=low, vmax=high)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of squidpy, about itself
         import squidpy as sq
@@ -192,7 +195,9 @@ def places_of(
         if fov is not None:
             raise ValueError(f"`fov={fov!r}`: there are no fields of view; this was made without `library_key`.")
         return np.arange(adata.n_obs), places
-    codes, names = field_codes(adata.obs, key if isinstance(key, str) else list(key))
+    columns = [key] if isinstance(key, str) else list(key)
+    _checks.check_in_obs(adata, columns)
+    codes, names = field_codes(adata.obs, columns)
     if fov is None:
         if _checks.lie_on_each_other(places, codes):
             logger.warning(

@@ -105,7 +105,8 @@ def influence(
     distance, hops = np.abs(places).max(axis=1, initial=0), around["hops"].to_numpy()
     if radius is None:
         near = distance[hops <= 2]
-        radius = 1.3 * float(near.max()) if near.size else 1.3 * float(np.sort(distance)[:20].max(initial=1))
+        farthest = near.max() if near.size else np.sort(distance)[:20].max(initial=1)
+        radius = 1.3 * float(farthest) or 1.0  # 0 where these lie in the place of the cell
     radius = _checks.check_positive("radius", radius)
     inside = distance <= radius
     total = np.abs(contribution).sum()

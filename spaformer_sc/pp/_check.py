@@ -265,7 +265,9 @@ def _describe_counts(
     adata: AnnData, counts: Counts, mask: NDArray[np.bool_] | None, layer: str | None, found: _Findings
 ) -> None:
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
-    depth, n_entries = counts.per_cell, adata.n_obs * adata.n_vars - (0 if mask is None else int(mask.sum()))
+    outside = _checks.lies_outside_memory(adata, layer)  # then missing entries are among the counts
+    depth, n_entries = counts.per_cell, adata.n_obs * adata.n_vars
+    n_entries -= 0 if mask is None or outside else int(mask.sum())
     if not counts.fractional:
         found.add("ok", "counts", f"`{where}` holds whole numbers, as raw counts are")
     low, middle, high = np.min(depth), np.median(depth), np.max(depth)
