@@ -42,6 +42,8 @@ _CELLS_LOOKED_AT = 2000
 _SCANNED = 16_000_000
 #: No cell has more transcripts of a gene than this.
 _LARGEST_COUNT = 1e9
+#: Below that there is little to learn from, and little to tell how good it is.
+FEW_CELLS = 500
 #: Positions beyond this, in whatever unit, are placeholders; next to one, the others would all fall in one place.
 _LARGEST_POSITION = 1e15
 #: From here on images lie on top of each other: 0 where they adjoin, 0.8 where each covers the others.

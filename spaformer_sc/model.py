@@ -435,7 +435,7 @@ class SpaFormer:
         tuned._fit_data(adata, keys, start=Start(self, effort))
         return tuned
 
-    def fit_predict(
+    def _fit_predict(
         self,
         adata: AnnData,
         *,

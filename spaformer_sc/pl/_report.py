@@ -40,8 +40,6 @@ N_MAPS = 4
 """Genes that are drawn unless some are asked for."""
 MOST_ROWS = 2000
 """Rows of the table of genes."""
-FEW_CELLS = 500
-"""Cells below which the reader is warned."""
 CLASSES = dict(zip(LEVELS, ("none", "weak", "reliable"), strict=True))
 PACKAGES = ("spaformer_sc", "anndata", "scanpy", "squidpy", "torch", "numpy", "matplotlib")
 USES = {
@@ -183,7 +181,7 @@ def _warnings(adata: AnnData, record: Mapping[str, Any], counts: pd.Series) -> l
         )
     if not counts["reliable"]:
         said.append("No gene is reliable.")
-    if adata.n_obs < FEW_CELLS:
+    if adata.n_obs < _checks.FEW_CELLS:
         said.append(f"There are only {adata.n_obs} cells: little to learn from, and little to judge by.")
     names, verdicts = [str(name) for name in fovs["fov"]], [str(verdict) for verdict in fovs["reliability"]]
     worse = [name for name, verdict in zip(names, verdicts, strict=True) if verdict != LEVELS[2]]

@@ -48,8 +48,8 @@ SUBJECTS = (
 )
 """What findings are about, in the order of the report."""
 
-FEW_CELLS, FEW_COUNTS = 500, 10_000
-"""Below these there is little to learn from, and little to tell how good it is."""
+FEW_COUNTS = 10_000
+"""Below that there is little to learn from, and little to tell how good it is."""
 
 SMALL_FOV = 50
 """Cells of a field of view below which it is named."""
@@ -284,7 +284,7 @@ def _describe_counts(
             _checks.check_some_left(int(counts.n_filled.sum()))
         share = 100 * mask.mean()
         found.add("ok", "missing entries", f"{share:.1f} % of entries are marked as not measured")
-    if adata.n_obs < FEW_CELLS or depth.sum() < FEW_COUNTS:
+    if adata.n_obs < _checks.FEW_CELLS or depth.sum() < FEW_COUNTS:
         found.add(
             "warning",
             "counts",

@@ -6,6 +6,6 @@ from spaformer_sc.interpret import attribution, reach
 
 from ._evaluate import evaluate
 from ._impute import impute
-from ._uncertainty import detection, interval, sample
+from ._uncertainty import Interval, detection, interval, sample
 
-__all__ = ["attribution", "detection", "evaluate", "impute", "interval", "reach", "sample"]
+__all__ = ["Interval", "attribution", "detection", "evaluate", "impute", "interval", "reach", "sample"]

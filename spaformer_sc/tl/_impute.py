@@ -326,7 +326,7 @@ def impute(
             )
             gather = partial(OnDisk, unfinished / "rows")
     with checkpoint or nullcontext():
-        found, opened = model.fit_predict(
+        found, opened = model._fit_predict(
             adata,
             output=output,
             target_sum=target_sum,
