@@ -122,7 +122,7 @@ WATCHED = """
 import json, pathlib, sys
 import spaformer_sc
 
-spaformer_sc.SpaFormer.load(sys.argv[1], progress=False)
+spaformer_sc.SpaFormer.load(sys.argv[1], device="cpu", progress=False)
 watching, seen = False, []
 
 def watch(event, arguments):
@@ -134,7 +134,7 @@ sys.addaudithook(watch)
 watching = True
 for path in sys.argv[2:]:
     try:
-        spaformer_sc.SpaFormer.load(path, progress=False)
+        spaformer_sc.SpaFormer.load(path, device="cpu", progress=False)
     except ValueError as error:
         seen.append(["error", str(error)])
 watching = False
@@ -182,7 +182,7 @@ def test_loading_opens_two_files_and_does_nothing_else(saved, tmp_path):
     seen = json.loads(done.stdout)
     assert sha256(tmp_path) == before
     assert len([text for event, text in seen if event == "error"]) == 3
-    assert {event for event, _ in seen} == {"error", "open"}
+    assert [pair for pair in seen if pair[0] not in ("error", "open")] == []
     files = {str(path / name) for path in paths for name in (DESCRIPTION, WEIGHTS)}
     assert {text for event, text in seen if event == "open"} <= files
 
