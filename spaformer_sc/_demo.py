@@ -154,6 +154,9 @@ def run_demo(
     for name, row in table.iterrows():
         print(f"  {name:<20}  {row['pearson']:23.3f}   {row['rmse']:13.3f}")
     print(f"\nSaved {folder / 'demo.h5ad'} and {folder / 'demo.png'}.")
-    print(f"Next, in Python (.venv/bin/python): adata = sc.read_h5ad('{folder / 'demo.h5ad'}')")
-    print("sq.pl.spatial_scatter(adata, color='EPCAM', layer='spaformer', library_key='fov', shape=None)")
+    print("Next, in Python (.venv/bin/python):\n")
+    print("  import anndata as ad, spaformer_sc as sf")
+    print(f"  adata = ad.read_h5ad('{folder / 'demo.h5ad'}')")
+    print("  sf.pl.imputed(adata, 'EPCAM', save='EPCAM.png')   # a plot")
+    print("  sf.pl.report(adata, 'report.html')                # a page: how good it is, which genes to trust")
     return table

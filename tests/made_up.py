@@ -36,6 +36,7 @@ def result() -> AnnData:
     adata.var["spaformer_gain_over_baseline"] = 0.02 * surety
     adata.var["spaformer_gain_over_baseline_se"] = 0.02
     adata.var["spaformer_true_correlation"] = np.clip(0.3 + 0.1 * surety, -1, 1)
+    adata.var["spaformer_true_correlation_se"] = 0.05
     adata.var["spaformer_held_out"] = 5 + 10 * genes
     levels = np.asarray(PERCENT)
     adata.uns["spaformer"] = {

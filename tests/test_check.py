@@ -49,7 +49,7 @@ def test_good_data(tissue):
     assert f"a cell has 0 to {depth.max():.0f} counts, {np.median(depth):.0f} in the median; {zeros:.1f} %" in counts
     assert f"{np.sum(depth == 0)} of 180 cells have no counts" in found(report, "counts", "note")
     assert "180 cells with" in found(report, "counts", "warning")
-    assert "3 fields of view, of 60 to 60 cells" in found(report, "fields of view")
+    assert "3 fields of view, of 60 cells" in found(report, "fields of view")
     assert "2 dimensions" in found(report, "positions")
     assert "3 fields of view" in found(report, "spatial graph")
     assert "the fit is to all cells; networks that are averaged: 4" in found(report, "what happens")

@@ -84,7 +84,7 @@ def test_says_what_the_result_records(tmp_path: Path) -> None:
     assert "Do not rely on it" not in page.text
     genes = [row for row in page.rows if row[0] in adata.var_names]
     assert len(genes) == 30
-    assert genes[0] == ["gene29", "reliable", "+0.127 ± 0.020", "0.93", "295"]
+    assert genes[0] == ["gene29", "reliable", "+0.127 ± 0.020", "0.93 ± 0.05", "295"]
     order = [LEVELS.index(row[1]) for row in genes]
     assert order == sorted(order, reverse=True)
     assert ["right", "144", "2,500", "−0.010 ± 0.020", "no better than baseline"] in page.rows

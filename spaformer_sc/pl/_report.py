@@ -34,7 +34,14 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-SCORES = ("reliability", "gain_over_baseline", "gain_over_baseline_se", "true_correlation", "held_out")
+SCORES = (
+    "reliability",
+    "gain_over_baseline",
+    "gain_over_baseline_se",
+    "true_correlation",
+    "true_correlation_se",
+    "held_out",
+)
 """Scores of genes that the page shows."""
 N_MAPS = 4
 """Genes that are drawn unless some are asked for."""
@@ -427,7 +434,9 @@ def _gain(of: Any) -> str:
 
 
 def _correlation(of: Any) -> str:
-    return "–" if pd.isna(of.true_correlation) else f"{of.true_correlation:.2f}"
+    if pd.isna(of.true_correlation):
+        return "–"
+    return f"{of.true_correlation:.2f}" + (f" ± {of.true_correlation_se:.2f}" if of.true_correlation_se >= 0 else "")
 
 
 def _listed(value: Any) -> list[str]:

@@ -310,12 +310,11 @@ def _describe_fovs(codes: NDArray[np.int64], names: list[str], library: list[str
     if library is None:
         found.add("ok", "fields of view", "no `library_key`: all cells are one field of view")
         return
-    found.add(
-        "ok",
-        "fields of view",
-        f"{_number(len(sizes), 'field')} of view, of {sizes.min():,} to {sizes.max():,} cells, {np.median(sizes):,.0f} "
-        "in the median",
+    least, most = sizes.min(), sizes.max()
+    cells = (
+        f"{least:,} to {most:,} cells, {np.median(sizes):,.0f} in the median" if least < most else f"{least:,} cells"
     )
+    found.add("ok", "fields of view", f"{_number(len(sizes), 'field')} of view, of {cells}")
     small = np.flatnonzero(sizes < SMALL_FOV)
     if len(small):
         listed = _checks._listing((f"{names[code]} ({sizes[code]})" for code in small), 5)

@@ -89,6 +89,8 @@ class Checkpoint:
                 )
             logger.info("going on with the run in %s", self._folder)
         else:
+            if kept is not None:
+                logger.info("starting anew: what an unfinished run has done is discarded (resume=True goes on from it)")
             self._clear()
             fresh = self._folder / FRESH
             fresh.write_text(json.dumps(run), encoding="utf-8")

@@ -408,7 +408,9 @@ def train(
                     network.train()
                 progress(step, step if watch.stop else n_steps, watch.best_score)
                 if watch.stop:
-                    logger.info("stopped at step %d of %d: what is held out is predicted no better", step, n_steps)
+                    logger.info(
+                        "done at step %d of at most %d: what is held out would be predicted no better", step, n_steps
+                    )
                     return watch.result()
             batches.close()  # what another rank has no part in is made no more
             if epoch == n_epochs - 1 and watch.losses and not watch.check(step, float(n_epochs)):
