@@ -12,7 +12,7 @@ TUTORIALS = sorted((Path(__file__).resolve().parents[1] / "tutorials").glob("*.i
 TINY = {"n_fovs": 3, "n_cells": 80, "n_genes": 45}
 SMALL = {
     "1_quick_start": {"QUALITY": "fast", "SIZE": TINY},
-    "2_cosmx_lung": {"SIZE": {"n_fovs": 2, "n_cells": 150, "n_genes": 80}},
+    "2_cosmx_lung": {"SIZE": {"n_fovs": 2, "n_cells": 400, "n_genes": 150}},
     "3_xenium_without_fovs": {"SIZE": {"n_fovs": 1, "n_cells": 300, "n_genes": 45}},
     "4_several_slides": {"SIZE": TINY},
     "5_encodings_and_decoders": {"SIZE": TINY, "SETTINGS": {"n_networks": 1, "n_steps": 10}, "SEEDS": [0]},
