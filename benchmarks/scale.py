@@ -330,8 +330,8 @@ def race(data: str, library_key: str, seed: int) -> Values:
     check, scoring = trainer._Watch.check, [0.0]
     started = time.perf_counter()
 
-    def scored(self: Any, at: int, epoch: float) -> None:
-        check(self, at, epoch)
+    def scored(self: Any, at: int, epoch: float) -> bool:
+        finite: bool = check(self, at, epoch)
         before = time.perf_counter()
         share = np.zeros(task.shape, dtype=np.float32)
         sampler = model._sampler(torch.device("cpu"))
@@ -348,6 +348,7 @@ def race(data: str, library_key: str, seed: int) -> Values:
             found["ours, to that gain, s"] = taken
             found["ours, steps to that gain"] = at
         found["ours, best gain on the way"] = max(gain, found.get("ours, best gain on the way", gain))
+        return finite
 
     opened = model._open(task, model.keys)
     everything = model._take(opened)
