@@ -27,6 +27,12 @@ BACK = ("dispersion", "dispersion_missing")
 OF_CELLS = ("depth", "gain", "gain_se", "reliability")
 """Depth and scores of cells."""
 
+EVALUATED = tuple(score for score in SCORES if not score.endswith("_neighbours"))
+"""Scores of genes that ``tl.evaluate`` gives."""
+
+EVALUATED_OF_CELLS = OF_CELLS[1:]
+"""Scores of cells that ``tl.evaluate`` gives."""
+
 
 @dataclass(frozen=True)
 class Keys:

@@ -29,8 +29,8 @@ def test_a_result_is_scored_where_it_belongs(halves) -> None:
     assert sf.tl.evaluate(tissue, "held") is None
     after = contents(tissue)
     name = "spaformer_evaluated"
-    wanted = {f"var/{name}_{score}" for score in sf.tl._evaluate.OF_GENES}
-    wanted |= {f"obs/{name}_{score}" for score in sf.tl._evaluate.OF_CELLS} | {f"uns/{name}"}
+    wanted = {f"var/{name}_{score}" for score in sf.tl._evaluate.EVALUATED}
+    wanted |= {f"obs/{name}_{score}" for score in sf.tl._evaluate.EVALUATED_OF_CELLS} | {f"uns/{name}"}
     assert after.keys() - before.keys() == wanted
     assert {place: after[place] for place in before} == before
     held, train = tissue.layers["held"], tissue.X

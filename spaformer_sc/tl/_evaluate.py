@@ -12,28 +12,13 @@ import scipy.sparse as sp
 from spaformer_sc import __version__, _checks
 from spaformer_sc._config import OUTPUTS
 from spaformer_sc._data_objects import takes_tables
-from spaformer_sc._keys import Keys
+from spaformer_sc._keys import EVALUATED, EVALUATED_OF_CELLS, Keys
 from spaformer_sc._result import known_of
 from spaformer_sc._write import write_scores
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
-
-OF_GENES = (
-    "pearson",
-    "pearson_se",
-    "deviance_explained",
-    "deviance_explained_se",
-    "gain",
-    "gain_over_baseline",
-    "gain_over_baseline_se",
-    "true_correlation",
-    "true_correlation_se",
-    "held_out",
-    "reliability",
-)
-OF_CELLS = ("gain", "gain_se", "reliability")
 
 
 @takes_tables
@@ -115,7 +100,9 @@ def evaluate(
     _checks.check_layer("held_out", adata, held_out)
     _checks.check_layer("prediction", adata, prediction)
     keys = Keys(Keys(prediction).evaluated if key_added is None else key_added)
-    slots = [("var", keys.var(score)) for score in OF_GENES] + [("obs", keys.obs(score)) for score in OF_CELLS]
+    slots = [("var", keys.var(score)) for score in EVALUATED] + [
+        ("obs", keys.obs(score)) for score in EVALUATED_OF_CELLS
+    ]
     _checks.check_key_added(adata, keys.key_added, slots=slots, mark="evaluated")
     record = adata.uns.get(prediction)
     params = record.get("params", {}) if isinstance(record, Mapping) else {}
@@ -157,13 +144,13 @@ def evaluate(
         train, held = (counts.multiply(~hidden).tocsr() for counts in (train, held))
     overall, per_gene, gains = held_out_scores(held, rates, train, hidden, rng)
     per_gene.index = adata.var_names[genes]
-    per_gene = per_gene[list(OF_GENES)].reindex(adata.var_names)
+    per_gene = per_gene[list(EVALUATED)].reindex(adata.var_names)
     per_gene["held_out"] = per_gene["held_out"].fillna(0).astype(np.int64)
     cells = pd.DataFrame(index=adata.obs_names)
     if representation is not None:
         alike, _ = groups_alike(representation, seed)
         scored = scores_of_groups(gains, np.asarray(held.sum(axis=1), dtype=np.float64).ravel(), alike)
-        cells = scored.iloc[alike][list(OF_CELLS)]
+        cells = scored.iloc[alike][list(EVALUATED_OF_CELLS)]
     said: dict[str, Any] = {
         "evaluated": prediction,
         "version": __version__,
@@ -178,7 +165,7 @@ def evaluate(
         gene_scores=per_gene,
         cell_scores=cells,
         record={"params": said, "scores": overall},
-        clear=[keys.obs(score) for score in OF_CELLS if score not in cells],
+        clear=[keys.obs(score) for score in EVALUATED_OF_CELLS if score not in cells],
     )
 
 
