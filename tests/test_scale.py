@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
@@ -125,6 +126,43 @@ def test_magic_runs_as_it_comes_and_tuned(tissue) -> None:
     for rates in (plain, tuned):
         np.testing.assert_allclose(rates.sum(axis=1), 1, rtol=1e-5)
     assert (plain != tuned).any()
+
+
+def test_the_race_ends_where_the_score_of_scvi_is_passed(tissue, monkeypatch) -> None:
+    import peers.scvi
+
+    from spaformer_sc.training import trainer
+
+    class Rival:
+        def train(self) -> None:
+            """As long as a clock of the test says."""
+
+    class Short(sf.SpaFormer):
+        def __init__(self, **choices) -> None:
+            super().__init__(**{"max_epochs": 4} | choices)
+
+    def impute(task):
+        package.model.SCVI().train()
+        held = ad.read_h5ad(tissue).X - task.X
+        return np.ones(task.shape) if easy else held.toarray() + 1e-9, "rate"
+
+    package = SimpleNamespace(model=SimpleNamespace(SCVI=Rival))
+    monkeypatch.setitem(sys.modules, "scvi", package)
+    monkeypatch.setattr(peers.scvi, "scvi", impute)
+    monkeypatch.setattr(sf, "SpaFormer", Short)
+    validated = trainer._Watch.check
+    for easy in (True, False):  # all genes alike; what was held out itself
+        monkeypatch.setattr(trainer._Watch, "check", validated)
+        found = scale.race(tissue, "fov", 0)
+        assert 0 <= found["scVI, training, s"] <= found["scVI, all, s"]
+        assert found["ours, fast, all, s"] > 0
+        assert ("ours, to that gain, s" in found) == easy
+        assert (found["ours, best gain on the way"] >= found["scVI, gain"]) == easy
+        if easy:
+            assert found["scVI, gain"] < 0 < found["ours, steps to that gain"]
+            assert found["ours, to that gain, s"] < found["ours, fast, all, s"]
+            ratio = found["ours, to that gain, s"] / found["scVI, training, s"]
+            assert found["ours over scVI, training"] == ratio
 
 
 def test_transfer_scores_the_same_cells_each_time(tissue, monkeypatch) -> None:
