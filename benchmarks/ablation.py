@@ -47,8 +47,8 @@ class Size:
     settings: dict[str, Any]
 
 
-ONE_NETWORK = {"n_networks": 1}
-"""What all variants share: the first of the networks that the default averages."""
+ONE_NETWORK = {"n_networks": 1, "n_pooled": 0}
+"""What all variants share: the first of the networks that the default averages, without the counts of cells alike."""
 
 SIZES = {
     "small": Size(
@@ -117,6 +117,7 @@ VARIANTS: dict[str, Variant] = {
     "vae": Variant("variational", {"variational": True}),
     "no_posterior": Variant("thinning, no posterior", {}, {"posterior": False}),
     "no_mixing": Variant("nothing mixed in", {}, {"mixing": False}),
+    "pooled": Variant("counts of cells alike", {}, {"n_pooled": 60}),
     # Size and training.
     "wide": Variant("wide path", {}, {"forms": ["wide"]}),
     "large": Variant("wide path, tokens twice the size, steps of a quarter", {}, {"forms": ["large"]}),
@@ -170,7 +171,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "autoencoder": Question(
         "Which autoencoder (RQ4)?",
-        ("poisson", "nb_gene_fov", "nb_entry", "zinb", "gaussian", "vae", "no_mixing"),
+        ("poisson", "nb_gene_fov", "nb_entry", "zinb", "gaussian", "vae", "no_mixing", "pooled"),
     ),
     "training": Question(
         "Size and training",

@@ -141,6 +141,8 @@ class Settings:
     mixing
         Weights of the networks, of the cell's own counts and of the gene means in the prediction are fitted to the
         counts and entries that are held out; else networks have equal weights, and nothing is mixed in.
+    n_pooled
+        Cells alike, and as many cells near, whose counts are evidence on what the networks say of a cell; 0 for none.
     model_sum
         Depth that expression is normalised to at the input; None for the median of the cells.
     training
@@ -171,6 +173,7 @@ class Settings:
     n_eigenvectors: int = 10
     n_networks: int = 4
     mixing: bool = True
+    n_pooled: int = 60
     model_sum: float | None = None
     training: Training = field(default_factory=Training)
 
@@ -222,6 +225,7 @@ PAPER = Settings(
     pca_start=False,
     n_networks=1,
     mixing=False,
+    n_pooled=0,
     positional=("signnet",),
     masking=("bilevel",),
     n_latent=20,
@@ -297,6 +301,7 @@ _MODEL: dict[str, Callable[[str, Any], Any]] = {
     "n_frequencies": _whole(),
     "n_networks": _whole(),
     "mixing": check_flag,
+    "n_pooled": _whole(0),
     "model_sum": _or_none(_number(*TARGET_SUMS)),
 }
 _TRAINING: dict[str, Callable[[str, Any], Any]] = {
@@ -422,7 +427,7 @@ def resolve(
         chosen = replace(chosen, decoder=decoder)
     if chosen.decoder == "gaussian":
         # Log-normalised values depend on depth, so their target must not be thinned; and they are no shares to mix.
-        chosen = replace(chosen, masking=("bilevel",), mixing=False)
+        chosen = replace(chosen, masking=("bilevel",), mixing=False, n_pooled=0)
     if masking != "auto":
         chosen = replace(chosen, masking=_names("masking", masking, MASKINGS) or ("none",))
     if "thinning" not in chosen.masking or chosen.decoder == "gaussian":
@@ -453,6 +458,8 @@ def _check_together(chosen: Settings, given: Mapping[str, Any]) -> None:
         )
     if chosen.decoder == "gaussian" and chosen.mixing:
         raise ValueError("`settings['mixing']=True` needs a decoder of counts, not decoder='gaussian'; leave it out.")
+    if chosen.decoder == "gaussian" and chosen.n_pooled:
+        raise ValueError("`settings['n_pooled']` needs a decoder of counts, not decoder='gaussian'; leave it out.")
     if chosen.training.max_epochs is not None and "n_steps" in given:
         raise ValueError("`max_epochs` and `settings['n_steps']` both say how long to train; give one of them.")
     if chosen.graph_readers and given.get("windows") is False:

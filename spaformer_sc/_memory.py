@@ -55,7 +55,7 @@ def state_memory(
     n_decoded
         Matrices of cells × genes that decoding takes at once.
     width
-        Numbers that the encoder keeps of a cell.
+        Numbers that are kept of every cell of a FOV while it is predicted.
     n_trainings, n_threads
         Networks that are trained, and blocks of cells that are predicted, at the same time.
     masked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from .nn.network import Network, NetworkConfig, Output, Tokens
     from .positional import CombinedEncodings
     from .training.checkpoint import Checkpoint
-    from .training.mixing import HeldCounts, HeldEntries
+    from .training.mixing import Correction, HeldCounts, HeldEntries
     from .training.posterior import Posterior
     from .training.sequences import FieldCounts, Sampler, Whole
     from .training.trainer import History
@@ -302,6 +303,7 @@ class SpaFormer:
         self._kind_of_cell = np.zeros(0, dtype=np.int64)
         self._networks: list[Network] = []
         self._forms: list[str] = []
+        self._concentration = math.inf
         self._weights: NDArray[np.float64] = np.zeros((2, 0))
 
     def __repr__(self) -> str:
@@ -564,7 +566,7 @@ class SpaFormer:
             buffer=BUFFER_BYTES,
             n_inputs=1 + s.hops,
             n_decoded=10 if self._decodes_little(masked) else 14,
-            width=40 * max(form.dim for form in forms),
+            width=40 * max(form.dim for form in forms) + (5 * n_genes if s.n_pooled else 0),
             n_trainings=1 if s.dropout or self.devices > 1 else min(workers.n, n_together),
             n_threads=workers.n,
             masked=masked,
@@ -652,6 +654,7 @@ class SpaFormer:
         import torch
 
         from .training.mixing import HeldCounts, HeldEntries
+        from .training.pooling import fit_concentration
         from .training.posterior import fit_shape_where_missing
 
         sampler = self._sampler(device)
@@ -665,6 +668,11 @@ class SpaFormer:
             held = HeldCounts(validated, sampler, of_others, self._shares, workers)
             entries = HeldEntries(validated, sampler, split.train, held_out, self._shares, self._model_sum, workers)
         histories = self._train_networks(data, sampler, held, entries, device, checkpoint, start, workers, ranks)
+        self._concentration = math.inf
+        if self.settings.n_pooled and held.enough:
+            fitted = fit_concentration(self._networks, self._weights[0], held, self.settings.n_pooled, workers)
+            self._concentration = fitted
+            logger.info("counts of cells alike weigh as much as the networks at %g expected transcripts", fitted)
         self.history = {
             "network": [float(i) for i, h in enumerate(histories) for _ in h.step],
             **{
@@ -674,7 +682,8 @@ class SpaFormer:
         }
         if entries is None or not len(entries.counts) or self.settings.decoder == "gaussian":
             return None
-        expected = entries.expected(self._networks, self._weights[1])
+        corrected = partial(self._correction, workers=workers)
+        expected = entries.expected(self._networks, self._weights[1], corrected)
         return fit_shape_where_missing(expected, entries.counts)
 
     def _train_networks(
@@ -770,6 +779,7 @@ class SpaFormer:
             "form": list(self._forms),
             "weight": self._weights[0].tolist(),
             "weight_where_missing": self._weights[1].tolist(),
+            "concentration": None if math.isinf(self._concentration) else self._concentration,
         }
 
     def _score(
@@ -1039,6 +1049,7 @@ class SpaFormer:
         """Predict the cells ``inside`` a FOV; ``measured`` entries of these; lead ``some`` back to expected counts."""
         import torch
 
+        from .training.mixing import uncorrected
         from .training.prediction import in_blocks
 
         n_genes = 0 if output is None else len(self._shares) if genes is None else len(genes)
@@ -1048,16 +1059,18 @@ class SpaFormer:
         latent = np.zeros((len(inside), self.settings.n_latent if embed else 0), dtype=np.float32)
         depth = np.zeros(len(inside), dtype=np.float32)
         counts = np.zeros((len(some), n_genes), dtype=np.float32)
+        corrected = uncorrected if output is None else self._correction(whole, workers)
 
         def predict(at: slice, tokens: Tokens, outputs: Iterator[Output]) -> None:
             total = np.zeros((at.stop - at.start, 1), dtype=np.float32)
             led = slice(*np.searchsorted(some, [at.start, at.stop]))
             led_rows = some[led] - at.start
-            for number, (network, result) in enumerate(zip(networks, outputs, strict=True)):
+            for number, (network, said) in enumerate(zip(networks, outputs, strict=True)):
                 if embed and number == 0:
-                    latent[at] = result.latent.cpu().numpy()
+                    latent[at] = said.latent.cpu().numpy()
                 if output is None:
                     return
+                result = corrected(inside[at], network, said)
                 share, where_missing = self._weights[:, number].astype(np.float32)
                 weights = share if measured is None else np.where(measured[at], share, where_missing)
                 part = self._scaled(network, result, tokens, output, target_sum).cpu().numpy()
@@ -1084,6 +1097,13 @@ class SpaFormer:
             seen = np.ones(counts.shape, dtype=bool) if measured is None else measured[some][:, columns]
             led_back = counts, mean[some], depth[some], seen
         return Block(mean, latent, depth, led_back)
+
+    def _correction(self, whole: Whole, workers: Workers) -> Correction:
+        """What the counts of cells alike do to what the networks say of the cells of a FOV."""
+        from .training.pooling import correction
+
+        n = self.settings.n_pooled
+        return correction(self._networks, self._weights[0], whole, n, self._concentration, workers)
 
     @staticmethod
     def _scaled(network: Network, result: Output, tokens: Tokens, output: str, target_sum: float) -> torch.Tensor:
@@ -1453,6 +1473,9 @@ class SpaFormer:
             if not (model._weights.shape == (2, n_networks) and 0 < n_networks <= model.settings.n_networks):
                 raise ValueError("its networks and what it says of them differ in number")
             _check_shares("the weights of its networks", model._weights)
+            concentration = description["networks"].get("concentration")
+            if concentration is not None:
+                model._concentration = _checks.check_positive("concentration", concentration)
             model.scores, model.history = description["scores"], description["history"]
             given = description["posterior"]
             model.posterior = None if given is None else Posterior.from_dict(given)
@@ -1526,7 +1549,9 @@ def _trained(
     with Workers(ranks.device) as workers:
         shape = model._train(data, split, held_out, ranks.device, checkpoint, start, workers, ranks)
     model._networks = [network.cpu() for network in model._networks]
-    return shape, {name: getattr(model, name) for name in ("_networks", "_forms", "_weights", "history")}
+    return shape, {
+        name: getattr(model, name) for name in ("_networks", "_forms", "_weights", "_concentration", "history")
+    }
 
 
 def resolve_device(device: str, argument: str = "device") -> torch.device:

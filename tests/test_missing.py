@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -225,18 +227,19 @@ def test_weights_of_least_squared_error(held_entries) -> None:
 
 def test_missing_entries_have_weights_of_their_own(with_hidden, hidden_tissue) -> None:
     model, missing = with_hidden, hidden_tissue.layers["missing"]
-    before = model._weights
+    before = model._weights, model._concentration
     described = model.parameters()["networks"]
-    assert described["weight_where_missing"] == before[1].tolist()
+    assert described["weight_where_missing"] == before[0][1].tolist()
     parts = []
     try:
+        model._concentration = math.inf  # counts of cells alike are those of the weighted mean
         for number in range(2):
             model._weights = np.eye(2)[[number, number]]
             parts.append(model.impute(hidden_tissue))
         model._weights = np.array([[0.9, 0.1], [0.2, 0.8]])
         mixed = model.impute(hidden_tissue)
     finally:
-        model._weights = before
+        model._weights, model._concentration = before
     expected = np.where(missing, 0.2 * parts[0] + 0.8 * parts[1], 0.9 * parts[0] + 0.1 * parts[1])
     np.testing.assert_allclose(mixed, expected, atol=1e-5)
     rates = model.impute(hidden_tissue, output="rate", target_sum=7.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -330,6 +331,7 @@ def distance(one, other):
 
 def test_tiles_have_no_seam(slide, monkeypatch):
     adata, whole_model = slide
+    monkeypatch.setattr(whole_model, "_concentration", math.inf)
     whole = whole_model.impute(adata, output="rate", target_sum=1)
     monkeypatch.setattr(whole_model, "tile_size", 200)
     tiled = whole_model.impute(adata, output="rate", target_sum=1)
@@ -345,6 +347,17 @@ def test_tiles_have_no_seam(slide, monkeypatch):
     # Measured: the worst cell is 0.004 away, 0.08 where tiles do not overlap; two cells at random are 0.2 apart.
     assert seam.max() < 0.1 * apart.mean()
     assert seam.max() < 0.3 * cut.max()
+
+
+def test_cells_alike_of_a_tile_do_for_those_of_the_image(slide, monkeypatch):
+    adata, model = slide
+    monkeypatch.setattr(model, "_concentration", 20.0)
+    whole = model.impute(adata, output="rate", target_sum=1)
+    monkeypatch.setattr(model, "tile_size", 200)
+    seam = distance(model.impute(adata, output="rate", target_sum=1), whole)
+    monkeypatch.setattr(model, "_concentration", math.inf)
+    without = distance(model.impute(adata, output="rate", target_sum=1), whole)
+    assert seam.mean() < 0.5 * without.mean()
 
 
 def test_tiles_that_disagree_are_blended(slide, monkeypatch):

@@ -48,6 +48,7 @@ METHODS: dict[str, str] = {
     "spaformer_fast": "spaformer:spaformer_fast",
     "spaformer_best": "spaformer:spaformer_best",
     "spaformer_paper": "spaformer:spaformer_paper",
+    "spaformer_not_pooled": "spaformer:spaformer_not_pooled",
     "spaformer_no_attention": "spaformer:spaformer_no_attention",
 }
 """Name of each method and where it is, ``module:function`` within this package; imported when it is loaded."""

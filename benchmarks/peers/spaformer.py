@@ -47,6 +47,11 @@ def spaformer_paper(adata: AnnData) -> tuple[NDArray[np.float32], str]:
     return _impute(adata, preset="paper")
 
 
+def spaformer_not_pooled(adata: AnnData) -> tuple[NDArray[np.float32], str]:
+    """``settings={"n_pooled": 0}``: without the counts of cells alike."""
+    return _impute(adata, settings={"n_pooled": 0})
+
+
 def spaformer_no_attention(adata: AnnData) -> tuple[NDArray[np.float32], str]:
     """``encoder="mlp"``: no exchange between cells beyond their neighbours' means."""
     return _impute(adata, encoder="mlp")

@@ -140,9 +140,10 @@ def attribution(
     .. math:: a_i = (x_i - b_i) \int_0^1 \frac{\partial f}{\partial x_i}\bigl(b + t\,(x - b)\bigr)\, dt, \qquad
         \sum_i a_i = f(x) - f(b),
 
-    where :math:`\exp f(x)` is what ``model.impute(adata, output="rate", target_sum=1)`` gives; networks
-    (``quality="best"``) and tiles are averaged as there. With the Gaussian decoder :math:`f` is its log-normalised
-    value before it is cut at 0. What the numbers do not show is in ``docs/interpretation.md``.
+    where :math:`\exp f(x)` is what ``model.impute(adata, output="rate", target_sum=1)`` gives before the counts of
+    cells alike come in (``settings={"n_pooled": 0}`` leaves them out); networks and tiles are averaged as there. With
+    the Gaussian decoder :math:`f` is its log-normalised value before it is cut at 0. What the numbers do not show is in
+    ``docs/interpretation.md``.
 
     Time grows with ``n_steps`` × cells of the FOV (or tile) × networks × cells asked for; cells of one FOV that are
     asked for together share the forward passes. Memory is that of one forward and backward pass over the whole FOV (or

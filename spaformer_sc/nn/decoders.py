@@ -8,7 +8,7 @@ A new decoder is a class here and one line in :data:`DECODERS`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -228,6 +228,12 @@ class CountDecoder(nn.Module):
         if decoded.zero_logits is None:
             return decoded.expression
         return decoded.expression * torch.sigmoid(-decoded.zero_logits)
+
+    def multiplied(self, decoded: Decoded, ratio: Tensor) -> Decoded:
+        """What was decoded, with its shares multiplied by a ratio (cells, genes) and rows normalised."""
+        changed = replace(decoded, expression=decoded.expression * ratio)
+        total = self.share(changed).sum(-1, keepdim=True).clamp(min=_TINY)
+        return replace(changed, expression=changed.expression / total)
 
     def counts(self, decoded: Decoded, depth: Tensor) -> Tensor:
         """Expected counts (cells, genes) at the given depth (cells,)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -100,7 +100,7 @@ class _Held:
                 return None
             places = torch.from_numpy(rows[first:last] - at.start), torch.from_numpy(cols[first:last])
             of_block = None if measured is None else measured[at]
-            return function(Block(tokens, places, slice(start + first, start + last), of_block), outputs)
+            return function(Block(at, tokens, places, slice(start + first, start + last), of_block), outputs)
 
         return in_blocks(networks, self._sampler.open(sequence), in_block, self._workers)
 
@@ -111,6 +111,8 @@ class Block:
 
     Attributes
     ----------
+    cells
+        Rows of the FOV that they are.
     tokens
         The cells.
     places
@@ -121,9 +123,29 @@ class Block:
         Which entries were measured (cells, genes), or None when all were.
     """
 
+    cells: slice
     tokens: Tokens
     places: tuple[Tensor, Tensor]
     entries: slice
+    measured: NDArray[np.bool_] | None
+
+
+Correction = Callable[[slice | NDArray[np.int64], Network, Output], Output]
+"""From rows of a FOV, a network and its output for these, to the output that counts."""
+
+
+def uncorrected(rows: slice | NDArray[np.int64], network: Network, output: Output) -> Output:
+    """Return the output as it is."""
+    return output
+
+
+class OfField(NamedTuple):
+    """Held-out counts of a FOV: their rows, columns and numbers (entries,), and what was measured (cells, genes)."""
+
+    whole: Whole
+    rows: NDArray[np.int64]
+    cols: NDArray[np.int64]
+    counts: NDArray[np.float64]
     measured: NDArray[np.bool_] | None
 
 
@@ -152,7 +174,7 @@ class HeldCounts(_Held):
         gene_share: NDArray[np.float32],
         workers: Workers,
     ) -> None:
-        self._gene_share = gene_share
+        self.gene_share = gene_share
         rows, cols, counts = [], [], []
         for sequence in fields:
             part = held[sequence.fov.cells].tocoo()
@@ -174,17 +196,23 @@ class HeldCounts(_Held):
         def gain(block: Block, outputs: Iterator[Output]) -> float:
             (share,) = (network.decoder.share(output.decoded).cpu().numpy() for output in outputs)
             rows, cols = (index.numpy() for index in block.places)
-            ratios = log_ratios(share, rows, cols, block.measured, self._gene_share)
+            ratios = log_ratios(share, rows, cols, block.measured, self.gene_share)
             return float(self.counts[block.entries] @ ratios)
 
         return self._per_count(self._in_blocks([network], gain, ranks), ranks)
+
+    def by_field(self) -> Iterator[OfField]:
+        """Held-out counts of each FOV, one at a time."""
+        for number, whole in enumerate(self.opened()):
+            at = slice(self._starts[number], self._starts[number + 1])
+            yield OfField(whole, self._rows[number], self._cols[number], self.counts[at], self.fields[number].measured)
 
     def parts(self, network: Network) -> NDArray[np.float64]:
         """Shares of the held-out entries (3, entries) in the network, the cell's own counts, and the gene mean.
 
         Within the measured genes of the cell, since held-out counts tell of nothing else.
         """
-        decoder = _count_decoder(network)
+        decoder = count_decoder(network)
 
         def parts(block: Block, outputs: Iterator[Output]) -> NDArray[np.float64]:
             (share,) = (decoder.share(output.decoded) for output in outputs)
@@ -281,16 +309,30 @@ class HeldEntries(_Held):
 
         return np.concatenate(self._in_blocks([network], predicted))
 
-    def expected(self, networks: Sequence[Network], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Expected counts of the held-out entries (entries,), as the weighted mean of networks."""
+    def expected(
+        self, networks: Sequence[Network], weights: NDArray[np.float64], correction: Callable[[Whole], Correction]
+    ) -> NDArray[np.float64]:
+        """Expected counts of the held-out entries (entries,), as the weighted mean of corrected networks."""
+        parts = [
+            part
+            for number, whole in enumerate(self.opened())
+            if len(self._rows[number])
+            for part in self._expected_in_field(number, networks, weights, correction(whole))
+            if part is not None
+        ]
+        return _joined(parts)
 
+    def _expected_in_field(
+        self, number: int, networks: Sequence[Network], weights: NDArray[np.float64], corrected: Correction
+    ) -> Iterator[NDArray[np.float64] | None]:
         def expected(block: Block, outputs: Iterator[Output]) -> NDArray[np.float64]:
             total = np.zeros(len(block.places[0]))
             for network, weight, output in zip(networks, weights, outputs, strict=True):
-                total += weight * _expected(network.decoder.share(output.decoded), block)
+                share = network.decoder.share(corrected(block.cells, network, output).decoded)
+                total += weight * _expected(share, block)
             return total
 
-        return np.concatenate(self._in_blocks(networks, expected))
+        return self._in_field(number, networks, expected)
 
     def weights(self, predicted: NDArray[np.float64]) -> NDArray[np.float64]:
         """Shares of predictions (networks, entries) in their mean that give the least squared error of the values."""
@@ -316,7 +358,7 @@ def mix_in_own_counts(network: Network, held: HeldCounts) -> NDArray[np.float64]
     """
     parts = held.parts(network)
     weights = mixture_weights(parts, held.counts)
-    _count_decoder(network).mixture.copy_(torch.from_numpy(weights))
+    count_decoder(network).mixture.copy_(torch.from_numpy(weights))
     return np.asarray(weights @ parts)
 
 
@@ -330,7 +372,8 @@ def _joined(parts: Sequence[NDArray[np.floating]]) -> NDArray[np.float64]:
     return np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)
 
 
-def _count_decoder(network: Network) -> CountDecoder:
+def count_decoder(network: Network) -> CountDecoder:
+    """The decoder of a network, which has to be one of counts."""
     if not isinstance(network.decoder, CountDecoder):
         raise TypeError("only the shares of a decoder of counts can be mixed")
     return network.decoder
