@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -117,6 +118,7 @@ def _times(
     workers: Workers,
 ) -> tuple[float, float, float]:
     """Seconds that training, validation and prediction take for each cell, for a network of one form."""
+    from .training.pooling import CONCENTRATIONS
     from .training.trainer import train
 
     device = resolve_device(trial.device)
@@ -139,6 +141,7 @@ def _times(
     training_time = (ends[-1] - ends[0]) / (len(ends) - 1) / n_cells
 
     trial._networks, trial._forms, trial._weights = [network.eval()], [form], np.ones((2, 1))
+    trial._concentration = CONCENTRATIONS[0] if trial.settings.n_pooled else math.inf
     gathered = InMemory(n_cells, n_genes, trial.settings.n_latent)
     began = time.perf_counter()
     held.gain(network)

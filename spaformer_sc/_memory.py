@@ -16,6 +16,9 @@ PACKAGES = 900 * 2**20
 BLOCK = 512
 """Cells of which matrices with all genes are in memory at a time, for each thread that predicts."""
 
+EVIDENCE = 6
+"""Matrices of a FOV's cells and all genes that weighing the counts of cells alike takes."""
+
 JUDGING = 64 * 2**20
 """Memory of what is computed, block by block, to judge a fit and its intervals."""
 
@@ -33,6 +36,7 @@ def state_memory(
     n_trainings: int,
     n_threads: int,
     masked: bool,
+    pooled: bool,
     kept: int,
     n_workers: int = 0,
 ) -> int:
@@ -55,11 +59,13 @@ def state_memory(
     n_decoded
         Matrices of cells × genes that decoding takes at once.
     width
-        Numbers that are kept of every cell of a FOV while it is predicted.
+        Numbers that the encoder keeps of a cell.
     n_trainings, n_threads
         Networks that are trained, and blocks of cells that are predicted, at the same time.
     masked
         Whether entries are missing, so that masks of all cells and genes are kept.
+    pooled
+        Whether the counts of cells alike come in, for which matrices of a FOV's cells and all genes are there at once.
     kept
         Bytes of the result that stays in memory.
     n_workers
@@ -81,10 +87,11 @@ def state_memory(
     views = 2 * min(buffer, dense * (3 if masked else 1) + 12 * n_counts)
     training = views + 4 * step * n_genes * (2 * n_decoded + n_inputs)
     whole = 4 * largest_fov * (n_genes * (2 if masked else 1) + width)
-    prediction = whole + n_threads * 4 * BLOCK * n_genes * (n_decoded + n_inputs)
+    evidence = 4 * largest_fov * n_genes * EVIDENCE if pooled else 0
+    prediction = whole + max(evidence, n_threads * 4 * BLOCK * n_genes * (n_decoded + n_inputs))
     scoring = dense + max(prediction, dense + JUDGING)
-    fit = max(n_trainings * (training + whole), scoring)
-    workers = n_workers * (PACKAGES + sparse + masks + training + whole)
+    fit = max(n_trainings * (training + whole), whole + evidence, scoring)
+    workers = n_workers * (PACKAGES + sparse + masks + whole + max(training, evidence))
     need = PACKAGES + sparse + masks + max(fit, kept + prediction, workers)
     free = available_memory()
     logger.info("memory: about %d MiB at the peak, of which %d MiB for the result", need >> 20, kept >> 20)

@@ -566,10 +566,11 @@ class SpaFormer:
             buffer=BUFFER_BYTES,
             n_inputs=1 + s.hops,
             n_decoded=10 if self._decodes_little(masked) else 14,
-            width=40 * max(form.dim for form in forms) + (5 * n_genes if s.n_pooled else 0),
+            width=40 * max(form.dim for form in forms),
             n_trainings=1 if s.dropout or self.devices > 1 else min(workers.n, n_together),
             n_threads=workers.n,
             masked=masked,
+            pooled=s.n_pooled > 0,
             kept=kept,
             n_workers=self.devices if self.devices > 1 and not launched() else 0,
         )
@@ -671,8 +672,9 @@ class SpaFormer:
         self._concentration = math.inf
         if self.settings.n_pooled and held.enough:
             fitted = fit_concentration(self._networks, self._weights[0], held, self.settings.n_pooled, workers)
-            self._concentration = fitted
-            logger.info("counts of cells alike weigh as much as the networks at %g expected transcripts", fitted)
+            self._concentration, *_ = ranks.all(fitted)
+            use = "not used" if math.isinf(fitted) else f"used, with concentration {self._concentration:g}"
+            logger.info("counts of cells alike: %s", use)
         self.history = {
             "network": [float(i) for i, h in enumerate(histories) for _ in h.step],
             **{
@@ -773,7 +775,7 @@ class SpaFormer:
             )
         return histories
 
-    def _described_networks(self) -> dict[str, list[Any]]:
+    def _described_networks(self) -> dict[str, Any]:
         """Say what was chosen for each network, for files."""
         return {
             "form": list(self._forms),
@@ -1439,6 +1441,7 @@ class SpaFormer:
         ValueError
             If it is not a saved model, is damaged, or was written in another format.
         """
+        from .training.pooling import CONCENTRATIONS
         from .training.posterior import Posterior
         from .training.reliability import LEVELS
 
@@ -1475,7 +1478,10 @@ class SpaFormer:
             _check_shares("the weights of its networks", model._weights)
             concentration = description["networks"].get("concentration")
             if concentration is not None:
-                model._concentration = _checks.check_positive("concentration", concentration)
+                if not model.settings.n_pooled or model.settings.decoder == "gaussian":
+                    raise ValueError("it has a concentration for counts of cells alike, and does not use them")
+                low, *_, high = CONCENTRATIONS
+                model._concentration = _checks.check_number("concentration", concentration, low, high)
             model.scores, model.history = description["scores"], description["history"]
             given = description["posterior"]
             model.posterior = None if given is None else Posterior.from_dict(given)

@@ -39,7 +39,15 @@ def with_positions(shared_tissue):
     return model(positional=["laplacian", "signnet"]).fit(shared_tissue)
 
 
-@pytest.fixture(params=["fitted", "with_positions"])
+@pytest.fixture(scope="module")
+def pooling(shared_tissue):
+    """A fitted model in which the counts of cells alike weigh, not to be changed."""
+    pooled = model(settings={"n_pooled": 10}).fit(shared_tissue)
+    pooled._concentration = 20.0
+    return pooled
+
+
+@pytest.fixture(params=["fitted", "with_positions", "pooling"])
 def either(request):
     """The fitted models one after the other."""
     return request.getfixturevalue(request.param)
@@ -149,7 +157,7 @@ def test_depth_matters_to_counts_and_not_to_their_share(fitted, shared_tissue):
 
 
 def test_networks_are_averaged_in_the_scale_asked_for(shared_tissue):
-    best = model(quality="default", max_epochs=1).fit(shared_tissue)
+    best = model(quality="default", max_epochs=1, settings={"n_pooled": 0}).fit(shared_tissue)
     everything = {output: best.impute(shared_tissue, output=output) for output in ("lognorm", "counts", "rate")}
     networks, weights, mean = best._networks, best._weights, dict.fromkeys(everything, 0.0)
     assert weights.shape == (2, len(networks)) == (2, 4)
@@ -576,6 +584,8 @@ DAMAGE = {
     "no weights of networks": _networks(weight=[None]),
     "weights of missing entries that are no shares": _networks(weight_where_missing=[0.5]),
     "a network of no known form": _networks(form=["round"]),
+    "a concentration without end": _networks(concentration=1e300),
+    "a concentration that is no number": _networks(concentration="much"),
     "no weights": _truncated("weights.safetensors", 0),
     "half the weights": _truncated("weights.safetensors", 0.5),
     "nearly all weights": _truncated("weights.safetensors", 0.999),

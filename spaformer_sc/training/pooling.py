@@ -15,7 +15,9 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
+from spaformer_sc._memory import BLOCK
 from spaformer_sc._threads import Workers
 from spaformer_sc.nn.network import Network, Output, Tokens
 
@@ -46,7 +48,9 @@ def cells_alike(points: NDArray[np.floating], n: int) -> sp.csr_matrix:
     n = min(n, n_cells - 1)
     if n < 1:
         return sp.csr_matrix((n_cells, n_cells), dtype=np.float32)
-    found = NearestNeighbors(n_neighbors=n + 1).fit(points).kneighbors(points, return_distance=False)
+    # One thread: with several, which of equally near cells are taken would depend on their number.
+    with threadpool_limits(1):
+        found = NearestNeighbors(n_neighbors=n + 1).fit(points).kneighbors(points, return_distance=False)
     # Where cells lie on each other, a cell need not be the first of its own neighbours, or among them at all.
     itself = found == np.arange(n_cells)[:, None]
     itself[~itself.any(axis=1), -1] = True
@@ -110,13 +114,11 @@ class Evidence:
         return cls(share, (near @ counts).toarray().astype(np.float32), near @ expected)
 
     def ratio(self, concentration: float) -> NDArray[np.float32]:
-        """By what the shares of the networks are multiplied (cells, genes); infinity gives 1.
+        """By what the shares of the networks are multiplied (cells, genes).
 
         With a share ``s``, ``x`` transcripts counted where ``m`` were expected, and the concentration ``k``, the
         posterior mean under ``rate ~ Gamma(k, k / s)``, ``x ~ Poisson(rate * m / s)`` is ``s * (x + k) / (m + k)``.
         """
-        if math.isinf(concentration):
-            return np.ones_like(self.share)
         k = np.float32(concentration)
         found: NDArray[np.float32] = (self.counted + k) / (self.expected + k)
         return found
@@ -145,9 +147,16 @@ def fit_concentration(
             continue
         evidence = Evidence.of(networks, weights, whole, n, workers)
         for number, concentration in enumerate(candidates):
-            share = evidence.share * evidence.ratio(concentration)
-            share /= np.maximum(share.sum(axis=1, keepdims=True), _TINY)
-            gains[number] += counts @ log_ratios(share, rows, cols, measured, held.gene_share)
+            share = evidence.share
+            if not math.isinf(concentration):
+                share = share * evidence.ratio(concentration)
+                share /= np.maximum(share.sum(axis=1, keepdims=True), _TINY)
+            for start in range(0, len(share), BLOCK):
+                at = slice(start, start + BLOCK)
+                first, last = np.searchsorted(rows, [at.start, at.stop])
+                here = None if measured is None else measured[at]
+                places = rows[first:last] - start, cols[first:last]
+                gains[number] += counts[first:last] @ log_ratios(share[at], *places, here, held.gene_share)
     return candidates[int(np.argmax(gains))]
 
 
