@@ -156,6 +156,17 @@ def fitted(shared_tissue):
 
 
 @pytest.fixture
+def workers():
+    """Threads to compute in."""
+    import torch
+
+    from spaformer_sc._threads import Workers
+
+    with Workers(torch.device("cpu")) as some:
+        yield some
+
+
+@pytest.fixture
 def unseen():
     """Draw without a screen, and show nothing unless asked to; figures are closed at the end."""
     import matplotlib

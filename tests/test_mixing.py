@@ -11,7 +11,6 @@ import torch
 
 import spaformer_sc as sf
 from spaformer_sc._config import Settings, Training, in_form
-from spaformer_sc._threads import Workers
 from spaformer_sc.metrics import mixture_weights
 from spaformer_sc.training.mixing import HeldCounts, mix_in_own_counts
 from spaformer_sc.training.sequences import sequences
@@ -19,12 +18,6 @@ from spaformer_sc.training.start import RING_SHARES, principal_components, start
 from spaformer_sc.training.trainer import History, shortened
 
 # --- mixtures ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def workers():
-    with Workers(torch.device("cpu")) as some:
-        yield some
 
 
 @pytest.fixture

@@ -11,16 +11,9 @@ import torch
 
 import spaformer_sc as sf
 from spaformer_sc._config import resolve
-from spaformer_sc._threads import Workers
 from spaformer_sc.training.mixing import HeldCounts
 from spaformer_sc.training.pooling import CONCENTRATIONS, Evidence, cells_alike, correction, fit_concentration
 from spaformer_sc.training.sequences import sequences
-
-
-@pytest.fixture
-def workers():
-    with Workers(torch.device("cpu")) as some:
-        yield some
 
 
 @pytest.mark.parametrize("dimensions", [2, 20])
