@@ -414,7 +414,7 @@ def resolve(
     check_choice("quality", quality, QUALITIES)
     chosen = PAPER if preset == "paper" else Settings()
     if quality == "fast":
-        chosen = replace(chosen, n_networks=1)
+        chosen = replace(chosen, n_networks=1, forms=chosen.forms if preset == "paper" else ("wide",))
     elif quality == "best":
         chosen = replace(chosen, n_networks=10)
     if positional != "auto":

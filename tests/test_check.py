@@ -436,9 +436,9 @@ def test_time_is_that_of_all_cells_that_pass_through(tissue, monkeypatch):
     settings = {"n_validations": 25, "patience": 4}
     least, most = _duration.duration(*opened(tissue, quality="fast", max_epochs=3, settings=settings))
     n = tissue.n_obs
-    late = 3 * n * 1 + 25 * n * 0.1
-    assert most == pytest.approx(late + 2 * n * 0.01)
-    assert least == pytest.approx(late * 5 / 25 + 2 * n * 0.01)
+    late = 3 * n * 2 + 25 * n * 0.2
+    assert most == pytest.approx(late + 2 * n * 0.02)
+    assert least == pytest.approx(late * 5 / 25 + 2 * n * 0.02)
 
 
 def test_networks_are_trained_beside_each_other():

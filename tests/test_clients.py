@@ -53,7 +53,7 @@ def made(slide, seed):
 
 
 def impute(adata, **arguments):
-    sf.tl.impute(adata, **{"library_key": "fov", "quality": "fast", "max_epochs": 12, "progress": False, **arguments})
+    sf.tl.impute(adata, **{"library_key": "fov", "quality": "fast", "max_epochs": 24, "progress": False, **arguments})
     return adata
 
 

@@ -311,7 +311,7 @@ def test_two_processes_impute_like_one_however_they_are_started(limit, tmp_path,
     one = sf.tl.impute(tissue, copy=True, **QUICK)
     with caplog.at_level("INFO"):
         two = sf.tl.impute(tissue, copy=True, devices=2, **QUICK)
-    assert sum("network 1: plain" in message for message in caplog.messages) == 1
+    assert sum("network 1: wide" in message for message in caplog.messages) == 1
     scores, alone = two.uns["spaformer"]["scores"], one.uns["spaformer"]["scores"]
     assert abs(scores["gain"] - alone["gain"]) < 0.1 * alone["gain"]
     best, best_alone = (max(a.uns["spaformer"]["history"]["validation"]) for a in (two, one))

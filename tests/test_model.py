@@ -80,8 +80,8 @@ def test_fit_reads_and_never_writes(tissue):
 def test_what_a_model_shows(fitted):
     head, choices, networks, gain, genes = repr(fitted).split("\n  ")
     assert head == "SpaFormer, fitted to 180 cells × 30 genes in 3 fields of view"
-    assert choices == "choices: library_key='fov', n_networks=1, max_epochs=3"
-    assert networks == "networks: 1, with their weights: plain 1.00"
+    assert choices == "choices: library_key='fov', forms=['wide'], n_networks=1, max_epochs=3"
+    assert networks == "networks: 1, with their weights: wide 1.00"
     measured = fitted.scores["gain"], fitted.scores["gain_over_baseline"]
     assert [float(number) for number in re.findall(r"-?\d+\.\d+", gain)] == [round(value, 3) for value in measured]
     verdicts = fitted.gene_scores["reliability"].value_counts()

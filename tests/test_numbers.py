@@ -301,7 +301,7 @@ def test_a_fit_that_diverges_at_once_says_what_to_do(tissue, decoder, rate):
 
 def test_weights_that_are_finite_and_no_more_are_said_so(tissue, caplog):
     with caplog.at_level(logging.WARNING):
-        impute(tissue, decoder="poisson", settings={"learning_rate": 1e3}, max_epochs=30)
+        impute(tissue, decoder="poisson", settings={"learning_rate": 2e3}, max_epochs=30)
     assert "the last good weights" in caplog.text
     assert "not shown to be better" in caplog.text
 

@@ -47,10 +47,14 @@ def backed(path, **arguments):
     return ad.read_h5ad(out)
 
 
-def same(found, expected):
+def same(found, expected, close=()):
+    """The same contents, to the last digit but for layers that need only be close."""
     ours, theirs = contents(found), contents(expected)
     for place in theirs:
-        if place == "uns/spaformer":
+        if place in close:
+            name = place.removeprefix("layers/")
+            np.testing.assert_allclose(found.layers[name], expected.layers[name], rtol=1e-6)
+        elif place == "uns/spaformer":
             assert repr(plain(found.uns["spaformer"])) == repr(plain(expected.uns["spaformer"]))
         elif place != "raw":
             assert ours[place] == theirs[place], place
@@ -91,7 +95,8 @@ def test_the_file_holds_what_an_imputation_in_memory_gives(tissue, tmp_path, mon
     given.write_h5ad(tmp_path / "expected.h5ad")
     expected = ad.read_h5ad(tmp_path / "expected.h5ad")
     (tmp_path / "expected.h5ad").unlink()
-    same(backed(tmp_path / "in.h5ad", **arguments), expected)
+    # Deviations are computed in blocks of cells, with as many terms of a series as a block needs.
+    same(backed(tmp_path / "in.h5ad", **arguments), expected, close=["layers/spaformer_sd"])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.h5ad", "out.h5ad"]
 
 
