@@ -320,8 +320,12 @@ class SpaFormer:
                 f"held-out gain: {self.scores['gain']:.3f} nats per transcript over gene means, "
                 f"{self.scores['gain_over_baseline']:.3f} over gene means and own counts"
             )
+        from .training.reliability import undecided
+
         verdicts = self.gene_scores["reliability"].value_counts(sort=False)
-        lines.append("genes: " + ", ".join(f"{n:,} {verdict}" for verdict, n in verdicts[::-1].items()))
+        genes = ", ".join(f"{n:,} {verdict}" for verdict, n in verdicts[::-1].items())
+        few = int(undecided(self.gene_scores).sum())
+        lines.append(f"genes: {genes}" + f" ({few:,} of these have too few transcripts to tell)" * (few > 0))
         return "\n  ".join([f"SpaFormer, fitted to {cells}{len(self.var_names):,} genes in {fovs}", *lines])
 
     def _choices(self) -> str:

@@ -23,6 +23,7 @@ from spaformer_sc._config import Training
 from spaformer_sc._saved import SCHEMA
 from spaformer_sc.data._graph import spatial_graph
 from spaformer_sc.model import Start
+from spaformer_sc.training.reliability import undecided
 from tests.conftest import contents, seal, sha256
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -85,8 +86,11 @@ def test_what_a_model_shows(fitted):
     measured = fitted.scores["gain"], fitted.scores["gain_over_baseline"]
     assert [float(number) for number in re.findall(r"-?\d+\.\d+", gain)] == [round(value, 3) for value in measured]
     verdicts = fitted.gene_scores["reliability"].value_counts()
-    assert genes == "genes: " + ", ".join(
-        f"{verdicts[verdict]} {verdict}" for verdict in ("reliable", "weak", "no better than baseline")
+    assert (
+        genes
+        == "genes: "
+        + ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in ("reliable", "weak", "no better than baseline"))
+        + f" ({undecided(fitted.gene_scores).sum()} of these have too few transcripts to tell)"
     )
 
 

@@ -24,6 +24,7 @@ from spaformer_sc.training.reliability import (
     pearson,
     reliability,
     sums_of,
+    undecided,
 )
 
 N, G = 1500, 60
@@ -242,3 +243,28 @@ def test_the_verdict_survives_files(tmp_path, shared_tissue) -> None:
     model.save(tmp_path / "model")
     pd.testing.assert_frame_equal(sf.SpaFormer.load(tmp_path / "model").gene_scores, model.gene_scores)
     assert isinstance(model.gene_scores["reliability"].dtype, pd.CategoricalDtype)
+
+
+def test_too_few_transcripts_to_tell_from_no_gain() -> None:
+    scores = pd.DataFrame(
+        {
+            "gain_over_baseline": [0.0, 0.0, -0.2, -0.2, np.nan, 0.3, 0.02, np.nan],
+            "gain_over_baseline_se": [0.02, 0.04, 0.01, 0.01, np.nan, 0.01, 0.01, np.nan],
+            "held_out": [1000, 1000, 10, 9, 0, 500, 5000, 50],
+            "reliability": pd.Categorical(np.take(LEVELS, [0, 0, 0, 0, 0, 2, 1, 0]), LEVELS, ordered=True),
+        }
+    )
+    assert undecided(scores).tolist() == [False, True, False, True, True, False, False, True]
+
+
+def test_with_more_transcripts_a_verdict_of_no_gain_is_a_finding(drawn) -> None:
+    _, counts = drawn
+    found = []
+    for kept in (0.5, 0.999):
+        split = metrics.thin(counts, kept, random_state=1)
+        mean = np.tile(counts.sum(axis=0).A1 / counts.sum(), (N, 1)).astype(np.float32)
+        judged, _, _, _ = reliability(split.held, mean, split.train, None, np.random.default_rng(0))
+        judged["held_out"] = split.held.sum(axis=0).A1
+        found.append(undecided(judged).mean())
+    assert found[0] < 0.2
+    assert found[1] > 0.8

@@ -71,7 +71,7 @@ def test_says_what_the_result_records(tmp_path: Path) -> None:
         "288 cells × 30 genes, 2 fields of view",
         "were 1.49 times as likely under this imputation",
         "and 1.07 times as likely as under what each gene's own counts",
-        "10 of 30 genes are reliable",
+        "10 of 30 genes are reliable. Of 4 others too few transcripts were held out to tell.",
         "1 of 2 fields of view are not reliable as a whole: right",
         "All scores rest on 4,500 transcripts",
         "gain over own counts+0.070 ± 0.010",
@@ -85,8 +85,9 @@ def test_says_what_the_result_records(tmp_path: Path) -> None:
     genes = [row for row in page.rows if row[0] in adata.var_names]
     assert len(genes) == 30
     assert genes[0] == ["gene29", "reliable", "+0.127 ± 0.020", "0.93 ± 0.05", "295"]
-    order = [LEVELS.index(row[1]) for row in genes]
+    order = [LEVELS.index(row[1].removesuffix(" (too few)")) for row in genes]
     assert order == sorted(order, reverse=True)
+    assert [row[0] for row in genes if row[1].endswith("(too few)")] == ["gene15", "gene14", "gene13", "gene0"]
     assert ["right", "144", "2,500", "−0.010 ± 0.020", "no better than baseline"] in page.rows
 
 
@@ -160,7 +161,7 @@ def test_too_little_to_say_anything(tmp_path: Path) -> None:
     page = report(adata, tmp_path)
     assert "Too little was held out to say how good this imputation is." in page.text
     assert "nothing can be said of how good the result is" in page.text
-    assert ["gene0", LEVELS[0], "–", "–", "5"] in page.rows
+    assert ["gene0", f"{LEVELS[0]} (too few)", "–", "–", "5"] in page.rows
 
 
 @pytest.mark.parametrize(("level", "drawn"), [(LEVELS[2], "reliable"), (LEVELS[1], "weak")])

@@ -24,7 +24,7 @@ from spaformer_sc._keys import Keys
 from spaformer_sc._logging import logger
 from spaformer_sc._result import genes_of
 from spaformer_sc._write import check_path
-from spaformer_sc.training.reliability import LEAST_CORRELATION, LEAST_HELD, LEVELS, SURELY
+from spaformer_sc.training.reliability import LEAST_CORRELATION, LEAST_HELD, LEVELS, SURELY, WORTHWHILE, undecided
 
 from ._drawing import panel_height
 from ._html import chart, number, page, picture, signed, some, table
@@ -159,6 +159,8 @@ def _head(adata: AnnData, record: Mapping[str, Any], judged: pd.DataFrame, title
             f"each gene's own counts tell (geometric means). {number(counts[LEVELS[2]])} of {number(len(judged))} "
             "genes are reliable."
         )
+        if few := int(undecided(judged).sum()):
+            lead += f" Of {number(few)} other{'s' * (few != 1)} too few transcripts were held out to tell."
     bar, key = [], []
     for level, count in counts.items():
         bar.append(f'<span style="flex:{count};background:var(--{CLASSES[level]})"></span>' if count else "")
@@ -319,8 +321,8 @@ def _trust(adata: AnnData, keys: Keys, judged: pd.DataFrame) -> str:
     shown, counts = judged.iloc[:MOST_ROWS], judged["reliability"].value_counts()
     summary = ", ".join(f"{number(counts.get(level, 0))} {level}" for level in LEVELS[::-1])
     rows = [
-        (escape(str(of.Index)), _verdict(of.reliability), _gain(of), _correlation(of), number(of.held_out))
-        for of in shown.itertuples()
+        (escape(str(of.Index)), _verdict(of.reliability, few), _gain(of), _correlation(of), number(of.held_out))
+        for of, few in zip(shown.itertuples(), undecided(shown), strict=True)
     ]
     head = ("gene", "verdict", "gain over own counts", "estimated correlation with the truth", "held-out transcripts")
     cut = "" if len(shown) == len(judged) else f" The first {number(len(shown))} of {number(len(judged))} are listed."
@@ -331,9 +333,11 @@ def _trust(adata: AnnData, keys: Keys, judged: pd.DataFrame) -> str:
             '<p><span class="reliable"><strong>reliable</strong></span>: better than the gene\'s own counts by more '
             f"than {SURELY:g} standard errors, estimated correlation with the truth {LEAST_CORRELATION} or more. "
             '<span class="weak"><strong>weak</strong></span>: better, but not as surely. '
-            '<span class="none"><strong>no better than baseline</strong></span>: not shown to be better, or fewer than '
-            f"{LEAST_HELD} held-out transcripts; that is no proof that its values are useless. In shallow data many "
-            "genes that are imputed well cannot be shown to be.</p>",
+            '<span class="none"><strong>no better than baseline</strong></span>: not shown to be better; that is no '
+            "proof that its values are useless. <em>too few</em> beside it: fewer than "
+            f"{LEAST_HELD} transcripts were held out, or not enough to rule out that each is "
+            f"{math.expm1(WORTHWHILE):.0%} more likely, so that nothing can be said. In shallow data many genes that "
+            "are imputed well cannot be shown to be.</p>",
             chart(
                 partial(_draw, reliability, adata, keys),
                 f"Scatter plot of genes: gain over their own counts, estimated correlation with the truth; {summary}.",
@@ -425,8 +429,8 @@ def _draw(plot: Any, adata: AnnData, keys: Keys, ax: Any) -> None:
     plot(adata, key_added=keys.key_added, ax=ax)
 
 
-def _verdict(level: str) -> str:
-    return f'<span class="v {CLASSES[level]}">{escape(level)}</span>'
+def _verdict(level: str, few: bool = False) -> str:
+    return f'<span class="v {CLASSES[level]}">{escape(level)}</span>' + " (too few)" * few
 
 
 def _gain(of: Any) -> str:

@@ -40,6 +40,8 @@ LEAST_HELD = 10
 CLEARLY, SURELY = 1.73, 3.0
 """Standard errors that a gene's gain must lie above 0 to be ``weak`` (5 % of Student's t with 19 degrees of freedom lie
 above that) and ``reliable``."""
+WORTHWHILE = 0.05
+"""Gain over the baseline, in nats per held-out transcript, that would be worth having: 5 % more likely."""
 LEAST_CORRELATION = 0.5
 """Least correlation of imputed with true relative expression of a ``reliable`` gene: a quarter of its variance."""
 LEAST_DEPTH = 0.2
@@ -461,6 +463,26 @@ def reliability(
         }
     )
     return genes, of_cells, float(overall_gain(total)), float(jackknife(sums, overall_gain))
+
+
+def undecided(genes: pd.DataFrame) -> pd.Series:
+    """Tell genes that are no better than the baseline from those of which too little was held out to tell.
+
+    Of these a gain of :data:`WORTHWHILE` is not ruled out either, at a level of 5 %, or fewer than :data:`LEAST_HELD`
+    transcripts were held out.
+
+    Parameters
+    ----------
+    genes
+        Scores as :func:`reliability` gives them, and ``held_out``.
+
+    Returns
+    -------
+    True where there is too little to tell (genes,); False where the verdict is better than the lowest.
+    """
+    highest = genes["gain_over_baseline"] + CLEARLY * genes["gain_over_baseline_se"]
+    ruled_out = (genes["held_out"] >= LEAST_HELD) & (highest < WORTHWHILE)
+    return (genes["reliability"] == LEVELS[0]) & ~ruled_out
 
 
 def groups_alike(embedding: NDArray[np.float32], seed: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
