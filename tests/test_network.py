@@ -220,6 +220,17 @@ def test_attention_starts_as_if_it_were_not_there() -> None:
         assert torch.equal(network(encoder=encoder)(tokens).latent, without.latent)
 
 
+def test_at_the_start_tokens_tell_of_expression_and_not_of_depth() -> None:
+    net = network().train()
+    batch = next(iter(sampler().epoch(tissue(), torch.Generator().manual_seed(0))))
+    told = net.embed(batch.tokens)
+    for factor in (0.02, 50.0):
+        deeper = replace(batch.tokens, depth=factor * batch.tokens.depth)
+        torch.testing.assert_close(net.embed(deeper), told)
+    batch_loss(net, batch, 0.0, torch.Generator()).backward()
+    assert net.depth.weight.grad.abs().max() > 0  # what the depth tells can be learnt
+
+
 def test_windows_are_compact_and_hold_every_cell_once() -> None:
     positions = np.stack(np.meshgrid(np.arange(30.0), np.arange(20.0)), -1).reshape(-1, 2).astype(np.float32)
     rows = np.arange(600)[::2]

@@ -167,6 +167,9 @@ class Network(nn.Module):
             self.embedding = nn.Linear(config.n_genes, config.dim)
             self.depth = nn.Linear(1, config.dim)
             self.hidden_token = nn.Parameter(torch.zeros(config.dim))
+        # One number with random weights would drown what the genes say until training has turned it down again.
+        nn.init.zeros_(self.depth.weight)
+        nn.init.zeros_(self.depth.bias)
         with seeded(seeds["neighbours"]):
             self.neighbours = nn.ModuleList(
                 nn.Linear(config.n_genes, config.dim, bias=False) for _ in range(config.hops)
