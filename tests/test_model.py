@@ -85,13 +85,9 @@ def test_what_a_model_shows(fitted):
     assert networks == "networks: 1, with their weights: wide 1.00"
     measured = fitted.scores["gain"], fitted.scores["gain_over_baseline"]
     assert [float(number) for number in re.findall(r"-?\d+\.\d+", gain)] == [round(value, 3) for value in measured]
-    verdicts = fitted.gene_scores["reliability"].value_counts()
-    assert (
-        genes
-        == "genes: "
-        + ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in ("reliable", "weak", "no better than baseline"))
-        + f" ({undecided(fitted.gene_scores).sum()} of these have too few transcripts to tell)"
-    )
+    verdicts, few = fitted.gene_scores["reliability"].value_counts(), undecided(fitted.gene_scores).sum()
+    said = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in ("reliable", "weak", "no better than baseline"))
+    assert genes == f"genes: {said} ({few} of these have too few transcripts to tell)"
 
 
 @pytest.mark.parametrize(
