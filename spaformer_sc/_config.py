@@ -24,7 +24,7 @@ DISPERSED = ("nb", "zinb")
 PRECISIONS = ("float32", "bf16")
 READ_THE_GRAPH = frozenset({"gat", "conditional", "conditional_gat"})
 """Encoders and positional encodings that read the spatial graph between tokens."""
-FORMS = ("plain", "wide", "large")
+FORMS = ("plain", "wide", "large", "perceptron")
 """Forms of a network; see :func:`in_form`."""
 COMBINATIONS = ("add", "concat")
 MASKINGS = ("bilevel", "tokens", "features", "genes", "thinning", "none")
@@ -171,7 +171,7 @@ class Settings:
     patch_size: float | None = None
     n_frequencies: int = 64
     n_eigenvectors: int = 10
-    n_networks: int = 4
+    n_networks: int = 5
     mixing: bool = True
     n_pooled: int = 60
     model_sum: float | None = None
@@ -269,7 +269,12 @@ def _hops(name: str, value: Any) -> int:
 def _forms(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise TypeError(f"`{name}={value!r}` must be a list of one or more of {', '.join(FORMS)}.")
-    return _names(name, value, FORMS)
+    forms = _names(name, value, FORMS)
+    if forms[0] == "perceptron":
+        raise ValueError(
+            f"`{name}={list(forms)}`: the embedding is that of the first network; begin with another form."
+        )
+    return forms
 
 
 def _pair(name: str, value: Any) -> tuple[float, float]:
@@ -482,7 +487,9 @@ def in_form(settings: Settings, form: str) -> Settings:
 
     ``plain`` is what the settings say. ``wide`` has a linear path from the token to the genes beside the encoder, and
     half the learning rate. ``large`` is wide, with tokens of twice the size, and takes four steps, of a quarter of
-    ``tokens_per_step`` cells each, for every step of the others, and twice as many validations.
+    ``tokens_per_step`` cells each, for every step of the others, and twice as many validations. ``perceptron`` has one
+    hidden layer and dropout in place of encoder and latent, no posterior, and tokens of four times the size; it is
+    trained as ``large``.
 
     Parameters
     ----------
@@ -505,7 +512,10 @@ def in_form(settings: Settings, form: str) -> Settings:
         tokens_per_step=None if tokens is None else max(1, tokens // 4),
         averaging=1 - (1 - training.averaging) / 5 if training.averaging else 0.0,
     )
-    return replace(settings, dim=2 * settings.dim, training=training)
+    if form == "large":
+        return replace(settings, dim=2 * settings.dim, training=training)
+    dim = 4 * settings.dim
+    return replace(settings, dim=dim, n_latent=dim, n_layers=0, dropout=0.0, posterior=False, training=training)
 
 
 def with_missing(settings: Settings, hidden_as: str | None) -> Settings:

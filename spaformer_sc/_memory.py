@@ -19,6 +19,9 @@ BLOCK = 512
 EVIDENCE = 6
 """Matrices of a FOV's cells and all genes that weighing the counts of cells alike takes."""
 
+COPIES = 7
+"""Numbers kept of each weight in training: itself, gradient, two moments, average, its best and the one before."""
+
 JUDGING = 64 * 2**20
 """Memory of what is computed, block by block, to judge a fit and its intervals."""
 
@@ -33,6 +36,7 @@ def state_memory(
     n_inputs: int,
     n_decoded: int,
     width: int,
+    weights: int,
     n_trainings: int,
     n_threads: int,
     masked: bool,
@@ -60,6 +64,8 @@ def state_memory(
         Matrices of cells × genes that decoding takes at once.
     width
         Numbers that the encoder keeps of a cell.
+    weights
+        Weights of the largest network.
     n_trainings, n_threads
         Networks that are trained, and blocks of cells that are predicted, at the same time.
     masked
@@ -85,7 +91,7 @@ def state_memory(
     sparse = 6 * 8 * n_counts  # value and column of the counts, their three parts, and what is drawn to part them
     # The views of the next FOVs are made while those before are in use.
     views = 2 * min(buffer, dense * (3 if masked else 1) + 12 * n_counts)
-    training = views + 4 * step * n_genes * (2 * n_decoded + n_inputs)
+    training = views + 4 * step * n_genes * (2 * n_decoded + n_inputs) + 4 * weights * COPIES
     whole = 4 * largest_fov * (n_genes * (2 if masked else 1) + width)
     evidence = 4 * largest_fov * n_genes * EVIDENCE if pooled else 0
     prediction = whole + max(evidence, n_threads * 4 * BLOCK * n_genes * (n_decoded + n_inputs))

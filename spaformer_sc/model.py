@@ -570,7 +570,8 @@ class SpaFormer:
             buffer=BUFFER_BYTES,
             n_inputs=1 + s.hops,
             n_decoded=10 if self._decodes_little(masked) else 14,
-            width=40 * max(form.dim for form in forms),
+            width=max((40 if form.n_layers else 8) * form.dim for form in forms),
+            weights=max(form.dim * (n_genes * (3 + s.hops) + 8 * form.dim * max(1, form.n_layers)) for form in forms),
             n_trainings=1 if s.dropout or self.devices > 1 else min(workers.n, n_together),
             n_threads=workers.n,
             masked=masked,
@@ -754,7 +755,7 @@ class SpaFormer:
                 histories.append(history)
 
         train_further(0, candidates, [in_form(s, form).training for form in candidates])
-        if not self._networks:
+        if not self._networks or self._forms[0] == "perceptron":  # whose latent is none to be shown
             raise diverged[0]
         if n_more := n_networks - len(candidates):
             best = int(np.argmax([history.best_score for history in histories]))
@@ -1320,7 +1321,8 @@ class SpaFormer:
             target_sum=self._model_sum,
             dispersion=s.dispersion,
             fovs=self._fovs,
-            wide=form != "plain",
+            wide=form in ("wide", "large"),
+            perceptron=form == "perceptron",
         )
 
     def _new_network(self, number: int, form: str) -> Network:

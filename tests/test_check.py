@@ -52,7 +52,7 @@ def test_good_data(tissue):
     assert "3 fields of view, of 60 cells" in found(report, "fields of view")
     assert "2 dimensions" in found(report, "positions")
     assert "3 fields of view" in found(report, "spatial graph")
-    assert "the fit is to all cells; networks that are averaged: 4" in found(report, "what happens")
+    assert "the fit is to all cells; networks that are averaged: 5" in found(report, "what happens")
     assert re.match(r"about [\d.]+ to [\d.]+ (seconds|minutes|hours) on ", found(report, "time", "ok"))
 
 
@@ -431,7 +431,7 @@ def opened(tissue, **arguments):
 
 def test_time_is_that_of_all_cells_that_pass_through(tissue, monkeypatch):
     # Seconds for each cell: training, validation, prediction.
-    times = {"plain": (1, 0.1, 0.01), "wide": (2, 0.2, 0.02), "large": (4, 0.4, 0.03)}
+    times = {"plain": (1, 0.1, 0.01), "wide": (2, 0.2, 0.02), "large": (4, 0.4, 0.03), "perceptron": (3, 0.3, 0.03)}
     monkeypatch.setattr(_duration, "_times", lambda trial, form, *_: times[form])
     settings = {"n_validations": 25, "patience": 4}
     least, most = _duration.duration(*opened(tissue, quality="fast", max_epochs=3, settings=settings))

@@ -702,7 +702,7 @@ def test_every_choice_runs(shared_tissue, choice):
         elif name in ("masking", "positional"):
             empty = ["none"] if name == "masking" else []
             assert model[name] == (empty if value is None else [value] if isinstance(value, str) else value)
-    assert model["n_networks"] == {"fast": 1, "default": 4, "best": 10}[choice.get("quality", "fast")]
+    assert model["n_networks"] == {"fast": 1, "default": 5, "best": 10}[choice.get("quality", "fast")]
 
 
 def test_choices_matter(shared_tissue):
@@ -731,9 +731,9 @@ def test_choices_matter(shared_tissue):
 def test_the_default_averages_networks(tissue):
     impute(tissue, quality="default", output="rate")
     params, history = tissue.uns["spaformer"]["params"], tissue.uns["spaformer"]["history"]
-    assert params["model"]["n_networks"] == 4
-    assert set(history["network"]) == {0.0, 1.0, 2.0, 3.0}
-    assert params["networks"]["form"][:3] == ["plain", "wide", "large"]
+    assert params["model"]["n_networks"] == 5
+    assert set(history["network"]) == {0.0, 1.0, 2.0, 3.0, 4.0}
+    assert params["networks"]["form"][:4] == ["plain", "wide", "large", "perceptron"]
     assert sum(params["networks"]["weight"]) == pytest.approx(1)
     np.testing.assert_allclose(tissue.layers["spaformer"].sum(axis=1), params["target_sum"], rtol=1e-4)
 

@@ -120,7 +120,7 @@ def test_nothing_is_fitted_to_few_counts():
     tissue = sf.datasets.simulated_tissue(n_fovs=1, n_cells=30, n_genes=12)
     model = sf.SpaFormer(quality="default", max_epochs=1, progress=False).fit(tissue)
     assert tissue.X.sum() * 0.05 < 200
-    np.testing.assert_array_equal(model._weights, np.full((2, 4), 0.25))
+    np.testing.assert_array_equal(model._weights, np.full((2, 5), 0.2))
     assert all(network.decoder.mixture.tolist() == [1, 0, 0] for network in model._networks)
 
 
@@ -159,12 +159,14 @@ def test_further_networks_train_for_half_as_long_again():
 
 def test_the_better_form_is_taken_for_further_networks(shared_tissue):
     model = sf.SpaFormer(library_key="fov", max_epochs=3, progress=False).fit(shared_tissue)
-    forms = ["plain", "wide", "large"]
-    assert model._forms[:3] == forms
+    forms = ["plain", "wide", "large", "perceptron"]
+    assert model._forms[:4] == forms
     number, validation = np.array(model.history["network"]), np.array(model.history["validation"])
-    assert model._forms[3] == forms[int(np.argmax([validation[number == i].max() for i in range(3)]))]
-    assert [network.wide is not None for network in model._networks] == [form != "plain" for form in model._forms]
-    assert [network.config.dim for network in model._networks[:3]] == [128, 128, 256]
+    assert model._forms[4] == forms[int(np.argmax([validation[number == i].max() for i in range(4)]))]
+    wide = [network.wide is not None for network in model._networks]
+    assert wide == [form in ("wide", "large") for form in model._forms]
+    assert [network.config.perceptron for network in model._networks] == [f == "perceptron" for f in model._forms]
+    assert [network.config.dim for network in model._networks[:4]] == [128, 128, 256, 512]
     settings = {"forms": ["wide"], "n_networks": 3}
     fixed = sf.SpaFormer(library_key="fov", max_epochs=1, settings=settings, progress=False).fit(shared_tissue)
     assert fixed._forms == ["wide"] * 3
@@ -182,6 +184,9 @@ def test_forms_of_a_network():
     plain = replace(s, training=replace(s.training, tokens_per_step=None, averaging=0.0))
     assert in_form(plain, "large").training.tokens_per_step is None
     assert in_form(plain, "large").training.averaging == 0.0
+    perceptron = in_form(replace(s, dropout=0.4), "perceptron")
+    assert (perceptron.dim, perceptron.n_latent, perceptron.n_layers) == (4 * s.dim, 4 * s.dim, 0)
+    assert (perceptron.posterior, perceptron.dropout, perceptron.training) == (False, 0.0, t)
 
 
 # --- the start --------------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_networks_are_averaged_in_the_scale_asked_for(shared_tissue):
     best = model(quality="default", max_epochs=1, settings={"n_pooled": 0}).fit(shared_tissue)
     everything = {output: best.impute(shared_tissue, output=output) for output in ("lognorm", "counts", "rate")}
     networks, weights, mean = best._networks, best._weights, dict.fromkeys(everything, 0.0)
-    assert weights.shape == (2, len(networks)) == (2, 4)
+    assert weights.shape == (2, len(networks)) == (2, 5)
     weights, best._weights = weights[0], np.ones((2, 1))
     for network, weight in zip(networks, weights):
         best._networks = [network]

@@ -283,6 +283,7 @@ def test_a_schedule_moves_within_an_epoch_too() -> None:
         {"decoder": "nb", "dispersion": "entry"},
         {"decoder": "gaussian", "posterior": False},
         {"variational": True},
+        {"perceptron": True, "n_layers": 0, "n_latent": 16, "posterior": False},
     ],
 )
 def test_what_is_decoded_under_autocast_has_single_precision(changes: dict[str, object]) -> None:
@@ -298,3 +299,54 @@ def test_what_is_decoded_under_autocast_has_single_precision(changes: dict[str, 
     assert not torch.equal(found.decoded.expression, expected.decoded.expression)
     if changes.get("decoder") != "gaussian":
         torch.testing.assert_close(net.decoder.share(found.decoded).sum(1), torch.ones(len(tokens.depth)))
+
+
+# --- the perceptron ----------------------------------------------------------------------------------------------------
+
+
+def perceptron(**changes) -> Network:
+    sizes = {"n_layers": 0, "n_latent": 16, "posterior": False, "perceptron": True}
+    return network(**sizes | changes)
+
+
+def test_a_perceptron_has_one_hidden_layer() -> None:
+    net = perceptron()
+    tokens = sampler().whole(tissue()[0])
+    x = net.embed(tokens)
+    hidden = net.latent(torch.relu(torch.nn.functional.layer_norm(x, (16,))))
+    logits = net.decoder.logits(torch.relu(torch.nn.functional.layer_norm(hidden, (16,))))
+    found = net(tokens)
+    torch.testing.assert_close(found.decoded.expression, torch.softmax(logits, dim=1))
+    torch.testing.assert_close(found.latent, hidden)
+    weights = dict(net.named_parameters())
+    found.decoded.expression[:, 0].sum().backward()
+    unused = {name for name, weight in weights.items() if weight.grad is None}
+    assert unused == {"hidden_token", "decoder.log_concentration"} & set(weights)
+
+
+@pytest.mark.parametrize("changes", [{"decoder": "zinb"}, {"decoder": "gaussian"}, {"posterior": True}, {"hops": 0}])
+def test_a_perceptron_goes_with_all_decoders(changes: dict[str, object]) -> None:
+    net, tokens = perceptron(**changes), sampler().whole(tissue()[0])
+    if "hops" in changes:
+        tokens = replace(tokens, values=tokens.values[:1])
+    share = net.decoder.share(net(tokens).decoded)
+    torch.testing.assert_close(share.sum(1), torch.ones(len(share)))
+
+
+def test_dropout_of_a_perceptron_is_that_of_the_generator_alone() -> None:
+    """Other networks, trained at the same time, draw from the global one."""
+    net, tokens = perceptron().train(), sampler().whole(tissue()[0])
+    before = torch.get_rng_state()
+    one, same, other = (net(tokens, torch.Generator().manual_seed(seed)).decoded.expression for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other)
+    assert torch.equal(net.eval()(tokens).decoded.expression, net(tokens).decoded.expression)
+
+
+def test_dropout_keeps_the_mean() -> None:
+    x = torch.full((400, 500), 2.0)
+    found = perceptron().train()._rectified(x, torch.Generator().manual_seed(0))
+    assert set(found.unique().tolist()) == {0.0, 2.5}
+    assert found.mean().item() == pytest.approx(2.0, abs=0.02)
+    assert torch.equal(perceptron()._rectified(-x, None), torch.zeros_like(x))

@@ -411,47 +411,60 @@ def wide_diverges(monkeypatch):
     return use
 
 
-FOUR = {**QUICK, "quality": "default", "max_epochs": 3}
+FIVE = {**QUICK, "quality": "default", "max_epochs": 3}
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_network_that_diverges_does_not_spoil_the_others(
     tissue, tmp_path, monkeypatch, caplog, wide_diverges, threads
 ):
-    undisturbed = sf.SpaFormer(**FOUR).fit(tissue)
+    undisturbed = sf.SpaFormer(**FIVE).fit(tissue)
     wide_diverges()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     with caplog.at_level(logging.WARNING):
-        model = sf.SpaFormer(**FOUR).fit(tissue)
+        model = sf.SpaFormer(**FIVE).fit(tissue)
     torch.set_num_threads(before)
     left = [number for number, form in enumerate(undisturbed._forms) if form != "wide"]
     assert 1 not in left
     assert "are left out: training diverged at step 0" in caplog.text
     assert "wide" not in model._forms
-    assert model._forms[:2] == ["plain", "large"]
-    for ours, number in zip(model._networks[:2], (0, 2)):
+    assert model._forms[:3] == ["plain", "large", "perceptron"]
+    for ours, number in zip(model._networks[:3], (0, 2, 3)):
         for name, weight in undisturbed._networks[number].state_dict().items():
             assert torch.equal(ours.state_dict()[name], weight), name
-    assert len(model._networks) == model._weights.shape[1] == len(model._forms) == 3
+    assert len(model._networks) == model._weights.shape[1] == len(model._forms) == 4
     np.testing.assert_allclose(model._weights.sum(axis=1), 1)
-    assert set(model.history["network"]) == {0.0, 1.0, 2.0}
+    assert set(model.history["network"]) == {0.0, 1.0, 2.0, 3.0}
 
     model.save(tmp_path / "model")
     expression = model.impute(tissue)
     assert np.isfinite(expression).all()
     np.testing.assert_array_equal(sf.SpaFormer.load(tmp_path / "model").impute(tissue), expression)
     monkeypatch.undo()
-    assert len(model.fine_tune(tissue)._networks) == 3
+    assert len(model.fine_tune(tissue)._networks) == 4
+
+
+def test_a_perceptron_that_alone_does_not_diverge_is_no_model(tissue, monkeypatch):
+    """It has no latent that could be shown."""
+    original = trainer.batch_loss
+
+    def batch_loss(network, *rest):
+        loss = original(network, *rest)
+        return loss if network.config.perceptron else loss * math.nan
+
+    monkeypatch.setattr(trainer, "batch_loss", batch_loss)
+    with pytest.raises(trainer.Diverged, match="diverged at step 0"):
+        sf.SpaFormer(**FIVE).fit(tissue)
 
 
 def test_the_network_that_follows_has_a_number_of_its_own(tissue, monkeypatch, wide_diverges):
-    """Seeds go by number: the fourth network would otherwise be the third once more."""
+    """Seeds go by number: the fifth network would otherwise be the fourth once more."""
     wide_diverges()
     made = []
     original = sf.SpaFormer._new_network
     monkeypatch.setattr(
         sf.SpaFormer, "_new_network", lambda self, number, form: made.append(number) or original(self, number, form)
     )
-    sf.SpaFormer(**FOUR).fit(tissue)
-    assert made == [0, 1, 2, 3]
+    sf.SpaFormer(**FIVE).fit(tissue)
+    assert made == [0, 1, 2, 3, 4]

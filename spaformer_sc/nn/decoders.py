@@ -68,6 +68,10 @@ def _limited(log_dispersion: Tensor) -> Tensor:
     return log_dispersion.clamp(_LEAST_LOG_DISPERSION, _LOG_LIMIT)
 
 
+def _hidden_layer(n_latent: int, dim: int, hidden: bool) -> nn.Module:
+    return nn.Sequential(nn.Linear(n_latent, dim), nn.GELU()) if hidden else nn.Identity()
+
+
 def _shares_of(values: Tensor) -> Tensor:
     return values / values.sum(-1, keepdim=True).clamp(min=_TINY)
 
@@ -86,6 +90,8 @@ class CountDecoder(nn.Module):
         concentration is learned (see :meth:`forward`).
     target_sum
         Not used by count decoders; part of the common signature.
+    hidden
+        Whether there is a hidden layer; without it the genes are linear in what is decoded, and ``dim`` is its size.
     dispersion, n_fovs
         Used by decoders with a dispersion; see :class:`NegativeBinomialDecoder`.
 
@@ -112,11 +118,12 @@ class CountDecoder(nn.Module):
         target_sum: float,
         dispersion: str = "gene",
         n_fovs: int = 0,
+        hidden: bool = True,
     ) -> None:
         super().__init__()
         self.register_buffer("gene_share", gene_share.clone())
         self.register_buffer("mixture", torch.tensor([1.0, 0.0, 0.0]))
-        self.hidden = nn.Sequential(nn.Linear(n_latent, dim), nn.GELU())
+        self.hidden = _hidden_layer(n_latent, dim, hidden)
         self.logits = nn.Linear(dim, n_genes)
         with torch.no_grad():
             self.logits.weight.mul_(0.3)
@@ -264,7 +271,7 @@ class NegativeBinomialDecoder(CountDecoder):
 
     Parameters
     ----------
-    n_latent, dim, n_genes, gene_share, posterior, target_sum
+    n_latent, dim, n_genes, gene_share, posterior, target_sum, hidden
         As in :class:`CountDecoder`.
     dispersion
         ``"gene"``, ``"gene_fov"`` or ``"entry"``.
@@ -283,8 +290,17 @@ class NegativeBinomialDecoder(CountDecoder):
         target_sum: float,
         dispersion: str = "gene",
         n_fovs: int = 0,
+        hidden: bool = True,
     ) -> None:
-        super().__init__(n_latent, dim, n_genes, gene_share=gene_share, posterior=posterior, target_sum=target_sum)
+        super().__init__(
+            n_latent,
+            dim,
+            n_genes,
+            gene_share=gene_share,
+            posterior=posterior,
+            target_sum=target_sum,
+            hidden=hidden,
+        )
         self.log_dispersion = nn.Parameter(torch.full((n_genes,), 10.0).log())
         by_fov, by_entry = dispersion == "gene_fov", dispersion == "entry"
         self.fov_log_dispersion = nn.Parameter(torch.zeros(n_fovs, n_genes)) if by_fov else None
@@ -324,6 +340,7 @@ class ZeroInflatedDecoder(NegativeBinomialDecoder):
         target_sum: float,
         dispersion: str = "gene",
         n_fovs: int = 0,
+        hidden: bool = True,
     ) -> None:
         super().__init__(
             n_latent,
@@ -334,6 +351,7 @@ class ZeroInflatedDecoder(NegativeBinomialDecoder):
             target_sum=target_sum,
             dispersion=dispersion,
             n_fovs=n_fovs,
+            hidden=hidden,
         )
         self.zeros = nn.Linear(dim, n_genes)
         nn.init.constant_(self.zeros.bias, -3.0)
@@ -364,9 +382,10 @@ class GaussianDecoder(nn.Module):
         target_sum: float,
         dispersion: str = "gene",
         n_fovs: int = 0,
+        hidden: bool = True,
     ) -> None:
         super().__init__()
-        self.hidden = nn.Sequential(nn.Linear(n_latent, dim), nn.GELU())
+        self.hidden = _hidden_layer(n_latent, dim, hidden)
         self.output = nn.Linear(dim, n_genes)
         self.target_sum = target_sum
 

@@ -12,6 +12,9 @@ from .decoders import DECODERS, Decoded, Decoder, at_least_float32, full_depth
 from .encoder import Encoder
 from .seeding import seeded
 
+DROPOUT = 0.2
+"""Dropout of a perceptron, in training."""
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -43,6 +46,9 @@ class NetworkConfig:
         Names of the FOVs of the fit, for ``dispersion="gene_fov"``.
     wide
         A linear path from the token to the decoder's output, beside encoder and latent.
+    perceptron
+        The latent is the one hidden layer of a perceptron from token to genes, with dropout of :data:`DROPOUT` on what
+        it reads and on what it gives.
     """
 
     n_genes: int
@@ -61,6 +67,7 @@ class NetworkConfig:
     dispersion: str = "gene"
     fovs: tuple[str, ...] = ()
     wide: bool = False
+    perceptron: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,8 @@ class Network(nn.Module):
     embeddings of its neighbours' mean expression and of its depth, plus a positional encoding. The encoder lets tokens
     exchange information; a linear map gives the latent; the decoder gives the distribution of expression. A wide path
     leads from the token to the decoder's output directly (Cheng et al. 2016, "Wide & Deep Learning", DLRS): what is
-    linear need not pass through the latent.
+    linear need not pass through the latent. In a perceptron, both sides of the latent are rectified instead, and it is
+    as wide as a token: ``genes = W ReLU(LN(latent))``, ``latent = V ReLU(LN(token))``.
 
     Parameters
     ----------
@@ -187,13 +195,14 @@ class Network(nn.Module):
             self.latent = nn.Linear(config.dim, config.n_latent)
             self.decoder: Decoder = DECODERS[config.decoder](
                 config.n_latent,
-                config.dim,
+                config.n_latent if config.perceptron else config.dim,
                 config.n_genes,
                 gene_share=gene_share,
                 posterior=config.posterior,
                 target_sum=config.target_sum,
                 dispersion=config.dispersion,
                 n_fovs=len(config.fovs),
+                hidden=not config.perceptron,
             )
         with seeded(seeds["variational"]):
             self.latent_log_variance = nn.Linear(config.dim, config.n_latent) if config.variational else None
@@ -201,6 +210,7 @@ class Network(nn.Module):
             self.wide = nn.Linear(config.dim, config.n_genes, bias=False) if config.wide else None
         if self.wide is not None:
             nn.init.zeros_(self.wide.weight)
+        self.latent_norm = nn.LayerNorm(config.n_latent) if config.perceptron else None
         self.positional = positional
         self._fov_numbers = {name: number for number, name in enumerate(config.fovs)}
 
@@ -271,6 +281,8 @@ class Network(nn.Module):
             Source of what is random in training.
         """
         offset = None if self.wide is None else self.wide(x)
+        if self.config.perceptron:
+            context = self._rectified(context, generator)
         latent, divergence = at_least_float32(self.latent(context)), None
         decode_from = latent
         if self.latent_log_variance is not None:
@@ -279,5 +291,15 @@ class Network(nn.Module):
             if self.training:
                 noise = torch.randn(latent.shape, generator=generator, dtype=latent.dtype).to(latent.device)
                 decode_from = latent + noise * (0.5 * log_variance).exp()
+        if self.latent_norm is not None:
+            decode_from = self._rectified(self.latent_norm(decode_from), generator)
         decoded = self.decoder(decode_from, tokens.counts, tokens.depth, tokens.visible, self._fovs(tokens), offset)
         return Output(decoded, latent, divergence)
+
+    def _rectified(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """ReLU, and dropout in training; from a generator, as other threads may draw from the global one."""
+        x = torch.relu(x)
+        if not self.training:
+            return x
+        kept = torch.empty(x.shape).bernoulli_(1 - DROPOUT, generator=generator)
+        return x * kept.to(x) / (1 - DROPOUT)

@@ -103,7 +103,7 @@ def impute(
     preset
         ``"default"``, or ``"paper"`` for the configuration of the paper.
     quality
-        How many networks are trained and averaged: ``"fast"`` one, ``"default"`` four (one with the paper's
+        How many networks are trained and averaged: ``"fast"`` one, ``"default"`` five (one with the paper's
         preset), ``"best"`` ten. Time grows with them.
     positional
         How a cell's place is told to the network, beside its neighbours' expression: ``"laplacian"``, ``"signnet"``,
