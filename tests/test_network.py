@@ -301,7 +301,7 @@ def test_what_is_decoded_under_autocast_has_single_precision(changes: dict[str, 
         torch.testing.assert_close(net.decoder.share(found.decoded).sum(1), torch.ones(len(tokens.depth)))
 
 
-# --- the perceptron ----------------------------------------------------------------------------------------------------
+# --- the perceptron ---------------------------------------------------------------------------------------------------
 
 
 def perceptron(**changes) -> Network:
