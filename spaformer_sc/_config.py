@@ -115,8 +115,8 @@ class Settings:
     dim, n_layers, n_heads, feedforward, dropout
         Width of a token, encoder layers, heads, width of the feed-forward block in ``dim``, dropout.
     forms
-        Forms of the first networks, in :data:`FORMS`; those after them have the form that did best on what is held
-        out.
+        Forms of the first networks, in :data:`FORMS`; those after them have the same in turn, the one first that did
+        best on what is held out.
     pca_start
         The embeddings of the cell's and its neighbours' expression start at principal components.
     hops

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -758,9 +759,11 @@ class SpaFormer:
         if not self._networks or self._forms[0] == "perceptron":  # whose latent is none to be shown
             raise diverged[0]
         if n_more := n_networks - len(candidates):
-            best = int(np.argmax([history.best_score for history in histories]))
-            form, training = self._forms[best], shortened(in_form(s, self._forms[best]).training, histories[best])
-            train_further(len(candidates), [form] * n_more, [training] * n_more)
+            best_first = np.argsort([-history.best_score for history in histories], kind="stable")
+            like = [int(number) for number in islice(cycle(best_first), n_more)]
+            forms = [self._forms[number] for number in like]
+            trainings = [shortened(in_form(s, self._forms[number]).training, histories[number]) for number in like]
+            train_further(len(candidates), forms, trainings)
         if diverged:
             logger.warning("%d of %d networks are left out: %s", len(diverged), n_networks, diverged[0])
         n_kept = len(self._networks)

@@ -157,7 +157,7 @@ def test_further_networks_train_for_half_as_long_again():
     assert shortened(Training(), history) == Training()
 
 
-def test_the_better_form_is_taken_for_further_networks(shared_tissue):
+def test_further_networks_have_the_forms_in_turn_the_best_first(shared_tissue):
     model = sf.SpaFormer(library_key="fov", max_epochs=3, progress=False).fit(shared_tissue)
     forms = ["plain", "wide", "large", "perceptron"]
     assert model._forms[:4] == forms
@@ -167,6 +167,11 @@ def test_the_better_form_is_taken_for_further_networks(shared_tissue):
     assert wide == [form in ("wide", "large") for form in model._forms]
     assert [network.config.perceptron for network in model._networks] == [f == "perceptron" for f in model._forms]
     assert [network.config.dim for network in model._networks[:4]] == [128, 128, 256, 512]
+    settings = {"forms": forms[:2], "n_networks": 5}
+    more = sf.SpaFormer(library_key="fov", max_epochs=3, settings=settings, progress=False).fit(shared_tissue)
+    number, validation = np.array(more.history["network"]), np.array(more.history["validation"])
+    best, other = sorted([0, 1], key=lambda i: -validation[number == i].max())
+    assert more._forms[2:] == [forms[best], forms[other], forms[best]]
     settings = {"forms": ["wide"], "n_networks": 3}
     fixed = sf.SpaFormer(library_key="fov", max_epochs=1, settings=settings, progress=False).fit(shared_tissue)
     assert fixed._forms == ["wide"] * 3
