@@ -270,9 +270,9 @@ def _forms(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise TypeError(f"`{name}={value!r}` must be a list of one or more of {', '.join(FORMS)}.")
     forms = _names(name, value, FORMS)
-    if forms[0] == "perceptron":
+    if "perceptron" in forms[:-1] or forms == ("perceptron",):
         raise ValueError(
-            f"`{name}={list(forms)}`: the embedding is that of the first network; begin with another form."
+            f"`{name}={list(forms)}`: the embedding is that of a network of another form; name `perceptron` last."
         )
     return forms
 
@@ -488,8 +488,8 @@ def in_form(settings: Settings, form: str) -> Settings:
     ``plain`` is what the settings say. ``wide`` has a linear path from the token to the genes beside the encoder, and
     half the learning rate. ``large`` is wide, with tokens of twice the size, and takes four steps, of a quarter of
     ``tokens_per_step`` cells each, for every step of the others, and twice as many validations. ``perceptron`` has one
-    hidden layer and dropout in place of encoder and latent, no posterior, and tokens of four times the size; it is
-    trained as ``large``.
+    hidden layer and dropout in place of encoder and latent, is neither variational nor has it a posterior, and has
+    tokens of four times the size; it is trained as ``large``.
 
     Parameters
     ----------
@@ -515,7 +515,24 @@ def in_form(settings: Settings, form: str) -> Settings:
     if form == "large":
         return replace(settings, dim=2 * settings.dim, training=training)
     dim = 4 * settings.dim
-    return replace(settings, dim=dim, n_latent=dim, n_layers=0, dropout=0.0, posterior=False, training=training)
+    return replace(
+        settings,
+        dim=dim,
+        n_latent=dim,
+        n_layers=0,
+        dropout=0.0,
+        variational=False,
+        posterior=False,
+        training=training,
+    )
+
+
+def n_weights(settings: Settings, form: str, n_genes: int) -> int:
+    """Number of weights of one network, about."""
+    s = in_form(settings, form)
+    wide, zeros, entry = form in ("wide", "large"), s.decoder == "zinb", s.dispersion == "entry"
+    by_gene = 2 + s.hops + s.posterior + wide + zeros + entry
+    return s.dim * (n_genes * by_gene + s.dim * max(1, (4 + 2 * s.feedforward) * s.n_layers))
 
 
 def with_missing(settings: Settings, hidden_as: str | None) -> Settings:

@@ -37,6 +37,7 @@ def state_memory(
     n_decoded: int,
     width: int,
     weights: int,
+    all_weights: int,
     n_trainings: int,
     n_threads: int,
     masked: bool,
@@ -64,8 +65,8 @@ def state_memory(
         Matrices of cells × genes that decoding takes at once.
     width
         Numbers that the encoder keeps of a cell.
-    weights
-        Weights of the largest network.
+    weights, all_weights
+        Weights of the largest network, and of all of them together.
     n_trainings, n_threads
         Networks that are trained, and blocks of cells that are predicted, at the same time.
     masked
@@ -91,14 +92,15 @@ def state_memory(
     sparse = 6 * 8 * n_counts  # value and column of the counts, their three parts, and what is drawn to part them
     # The views of the next FOVs are made while those before are in use.
     views = 2 * min(buffer, dense * (3 if masked else 1) + 12 * n_counts)
-    training = views + 4 * step * n_genes * (2 * n_decoded + n_inputs) + 4 * weights * COPIES
+    training = views + 4 * step * n_genes * (2 * n_decoded + n_inputs) + 4 * weights * (COPIES - 1)
     whole = 4 * largest_fov * (n_genes * (2 if masked else 1) + width)
     evidence = 4 * largest_fov * n_genes * EVIDENCE if pooled else 0
     prediction = whole + max(evidence, n_threads * 4 * BLOCK * n_genes * (n_decoded + n_inputs))
     scoring = dense + max(prediction, dense + JUDGING)
     fit = max(n_trainings * (training + whole), whole + evidence, scoring)
-    workers = n_workers * (PACKAGES + sparse + masks + whole + max(training, evidence))
-    need = PACKAGES + sparse + masks + max(fit, kept + prediction, workers)
+    networks = 4 * all_weights
+    workers = n_workers * (PACKAGES + sparse + masks + networks + whole + max(training, evidence))
+    need = PACKAGES + sparse + masks + networks + max(fit, kept + prediction, workers)
     free = available_memory()
     logger.info("memory: about %d MiB at the peak, of which %d MiB for the result", need >> 20, kept >> 20)
     if free is not None and need > free + PACKAGES:

@@ -29,6 +29,7 @@ from ._config import (
     Settings,
     Training,
     in_form,
+    n_weights,
     resolve,
     with_missing,
 )
@@ -561,6 +562,7 @@ class SpaFormer:
         n_cells, n_genes = shape
         largest = max(f.n_cells for f in fields)
         forms = [in_form(s, form) for form in s.forms[: s.n_networks]]
+        weights = [n_weights(s, form, n_genes) for form in s.forms[: s.n_networks]]
         n_together = s.n_networks if tuned else max(len(forms), s.n_networks - len(forms))
         return state_memory(
             n_cells,
@@ -571,8 +573,9 @@ class SpaFormer:
             buffer=BUFFER_BYTES,
             n_inputs=1 + s.hops,
             n_decoded=10 if self._decodes_little(masked) else 14,
-            width=max((40 if form.n_layers else 8) * form.dim for form in forms),
-            weights=max(form.dim * (n_genes * (3 + s.hops) + 8 * form.dim * max(1, form.n_layers)) for form in forms),
+            width=max(37 * form.dim if form.n_layers else 0 for form in forms) + 3 * sum(form.dim for form in forms),
+            weights=max(weights),
+            all_weights=sum(weights) + (s.n_networks - len(weights)) * max(weights),
             n_trainings=1 if s.dropout or self.devices > 1 else min(workers.n, n_together),
             n_threads=workers.n,
             masked=masked,
@@ -1507,6 +1510,8 @@ class SpaFormer:
             model.gene_scores["reliability"] = pd.Categorical(
                 model.gene_scores["reliability"], categories=list(LEVELS), ordered=True
             )
+            if model._forms[0] == "perceptron":
+                raise ValueError("its first network has no latent")
             for number, form in enumerate(model._forms):
                 _checks.check_choice("form", form, FORMS)
                 _check_sizes(in_form(model.settings, form), weights)

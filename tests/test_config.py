@@ -119,6 +119,7 @@ def test_every_field_without_an_argument_is_an_advanced_setting() -> None:
      ({"dropout": -0.1}, ValueError, "dropout"), ({"dropout": float("nan")}, ValueError, "dropout"),
      ({"posterior": "yes"}, TypeError, "posterior"), ({"dispersion": "cell"}, ValueError, "gene_fov"),
      ({"forms": []}, TypeError, "one or more of plain"), ({"forms": ["perceptron"]}, ValueError, "another form"),
+     ({"forms": ["plain", "perceptron", "wide"]}, ValueError, "`perceptron` last"),
      ({"thinning": [0.7, 0.3]}, ValueError, "thinning"), ({"thinning": 0.5}, TypeError, "pair"),
      ({"masked_tokens": [0, 2]}, ValueError, "masked_tokens"), ({"dim": 100}, ValueError, "multiple of n_heads"),
      ({"schedule": "step"}, ValueError, "cosine"), ({"n_steps": 0}, ValueError, "n_steps"), ([1], TypeError, "dict")],

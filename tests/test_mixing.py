@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 
 import spaformer_sc as sf
-from spaformer_sc._config import Settings, Training, in_form
+from spaformer_sc._config import Settings, Training, in_form, n_weights
 from spaformer_sc.metrics import mixture_weights
 from spaformer_sc.training.mixing import HeldCounts, mix_in_own_counts
 from spaformer_sc.training.sequences import sequences
@@ -192,6 +192,15 @@ def test_forms_of_a_network():
     perceptron = in_form(replace(s, dropout=0.4), "perceptron")
     assert (perceptron.dim, perceptron.n_latent, perceptron.n_layers) == (4 * s.dim, 4 * s.dim, 0)
     assert (perceptron.posterior, perceptron.dropout, perceptron.training) == (False, 0.0, t)
+    assert not in_form(replace(s, variational=True), "perceptron").variational
+
+
+@pytest.mark.parametrize("form", ["plain", "wide", "large", "perceptron"])
+@pytest.mark.parametrize("choice", [{}, {"decoder": "zinb"}, {"settings": {"dispersion": "entry", "hops": 1}}])
+def test_weights_of_a_network_are_counted_for_memory(shared_tissue, form, choice):
+    model = sf.SpaFormer(library_key="fov", max_epochs=1, quality="fast", progress=False, **choice).fit(shared_tissue)
+    found = sum(weight.numel() for weight in model._new_network(0, form).parameters())
+    assert n_weights(model.settings, form, shared_tissue.n_vars) == pytest.approx(found, rel=0.25)
 
 
 # --- the start --------------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def _shares_of(values: Tensor) -> Tensor:
 
 
 class CountDecoder(nn.Module):
-    """Latent to gene shares: a two-layer network, a softmax over genes, and the library size as offset.
+    """Latent to gene shares: a hidden layer, where asked for, a softmax over genes, and the library size as offset.
 
     Parameters
     ----------

@@ -456,7 +456,7 @@ def _say_what_happens(
         free = available_memory()
         told = "" if free is None else f"; {free / 2**20:,.0f} MiB are free"
         more = f", with `output_path=`; without it {kept / 2**20:,.0f} MiB more" if outside else ""
-        found.add("ok", "memory", f"about {need / 2**20:,.0f} MiB at the peak{more}{told}")
+        found.add("ok", "memory", f"about {need >> 20:,} MiB at the peak{more}{told}")
     if timing and model.devices == 1 and not found.errors:
         where = f"{device}, {_number(workers.n, 'thread')}" if device.type == "cpu" else str(device)
         with found.of("time", "note"):
