@@ -9,6 +9,7 @@ A new decoder is a class here and one line in :data:`DECODERS`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -280,27 +281,9 @@ class NegativeBinomialDecoder(CountDecoder):
     """
 
     def __init__(
-        self,
-        n_latent: int,
-        dim: int,
-        n_genes: int,
-        *,
-        gene_share: Tensor,
-        posterior: bool,
-        target_sum: float,
-        dispersion: str = "gene",
-        n_fovs: int = 0,
-        hidden: bool = True,
+        self, n_latent: int, dim: int, n_genes: int, *, dispersion: str = "gene", n_fovs: int = 0, **choices: Any
     ) -> None:
-        super().__init__(
-            n_latent,
-            dim,
-            n_genes,
-            gene_share=gene_share,
-            posterior=posterior,
-            target_sum=target_sum,
-            hidden=hidden,
-        )
+        super().__init__(n_latent, dim, n_genes, **choices)
         self.log_dispersion = nn.Parameter(torch.full((n_genes,), 10.0).log())
         by_fov, by_entry = dispersion == "gene_fov", dispersion == "entry"
         self.fov_log_dispersion = nn.Parameter(torch.zeros(n_fovs, n_genes)) if by_fov else None
@@ -329,30 +312,8 @@ class ZeroInflatedDecoder(NegativeBinomialDecoder):
     Parameters as in :class:`NegativeBinomialDecoder`.
     """
 
-    def __init__(
-        self,
-        n_latent: int,
-        dim: int,
-        n_genes: int,
-        *,
-        gene_share: Tensor,
-        posterior: bool,
-        target_sum: float,
-        dispersion: str = "gene",
-        n_fovs: int = 0,
-        hidden: bool = True,
-    ) -> None:
-        super().__init__(
-            n_latent,
-            dim,
-            n_genes,
-            gene_share=gene_share,
-            posterior=posterior,
-            target_sum=target_sum,
-            dispersion=dispersion,
-            n_fovs=n_fovs,
-            hidden=hidden,
-        )
+    def __init__(self, n_latent: int, dim: int, n_genes: int, **choices: Any) -> None:
+        super().__init__(n_latent, dim, n_genes, **choices)
         self.zeros = nn.Linear(dim, n_genes)
         nn.init.constant_(self.zeros.bias, -3.0)
 
