@@ -340,10 +340,13 @@ def summary_table(results: Results, protocol: str, suffix: str) -> list[str]:
     return [title, "", *markdown(["method", *sets], lines)]
 
 
-def lead(results: Results, data: str, protocol: str, score: str, relative: bool) -> tuple[str, list[float]] | None:
+def lead(
+    results: Results, data: str, protocol: str, score: str, relative: bool, over: str | None = None
+) -> tuple[str, list[float]] | None:
     """Return the best peer in a score, and our lead over it, seed by seed; None if either is lacking.
 
-    Leads are differences or, if `relative`, differences in percent of the peer's score, where that is above 0.
+    Leads are differences or, if `relative`, differences in percent of the peer's score, or of what that has beyond the
+    score of the method `over`, where that is above 0.
     """
     peers = [m for m in results.methods(protocol, data) if is_peer(m) and results.values(data, protocol, m, score)]
     ours = results.scores.get((data, protocol, OURS), {})
@@ -351,17 +354,28 @@ def lead(results: Results, data: str, protocol: str, score: str, relative: bool)
         return None
     peer = max(peers, key=lambda m: results.mean(data, protocol, m, score))
     theirs = results.scores[data, protocol, peer]
+    simple = {} if over is None else results.scores.get((data, protocol, over), {})
     leads = []
-    for seed in sorted(ours.keys() & theirs.keys()):
-        if score in ours[seed] and score in theirs[seed] and not (relative and theirs[seed][score] <= 0):
+    for seed in sorted(ours.keys() & theirs.keys() & (simple.keys() if over else ours.keys())):
+        if score in ours[seed] and score in theirs[seed]:
             difference = ours[seed][score] - theirs[seed][score]
-            leads.append(100 * difference / theirs[seed][score] if relative else difference)
+            whole = theirs[seed][score] - (simple[seed][score] if over else 0.0)
+            if not relative:
+                leads.append(difference)
+            elif whole > 0:
+                leads.append(100 * difference / whole)
     return peer, leads
 
 
 def lead_table(results: Results, protocol: str) -> list[str]:
-    """The lead of our default over the best peer in each score, raw against raw and calibrated against calibrated."""
+    """The lead of our default over the best peer in each score, raw against raw and calibrated against calibrated.
+
+    Calibration mixes the cell's own counts into every prediction, that of the gene mean too; the lead in percent of
+    what the peer has beyond the gene mean that was treated alike stands beside that of its whole gain.
+    """
     columns = ["data", "predictions", f"best peer by {TITLES[lead_score(protocol)][0].removesuffix(', %')}", "lead, %"]
+    if protocol == "thinning":
+        columns.append("of the gain over a gene mean treated alike, %")
     differences = ["gene_pearson"] if protocol == "thinning" else ["gene_pearson", "pearson"]
     for score in differences:
         columns += [f"best peer by {TITLES[score][0]}", "difference"]
@@ -373,6 +387,9 @@ def lead_table(results: Results, protocol: str) -> list[str]:
                 relative = score == lead_score(protocol)
                 found = lead(results, data, protocol, score + suffix, relative)
                 line += ["", ""] if found is None else [found[0], spread(found[1], 1 if relative else 4, "+")]
+                if relative and protocol == "thinning":
+                    alike = lead(results, data, protocol, score + suffix, relative, over="gene_mean")
+                    line.append("" if alike is None else spread(alike[1], 1, "+"))
             if any(line[2:]):
                 lines.append(line)
     if not lines:

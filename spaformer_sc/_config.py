@@ -26,6 +26,8 @@ READ_THE_GRAPH = frozenset({"gat", "conditional", "conditional_gat"})
 """Encoders and positional encodings that read the spatial graph between tokens."""
 FORMS = ("plain", "wide", "large", "perceptron")
 """Forms of a network; see :func:`in_form`."""
+PASSES = 60
+"""Passes over all cells that a perceptron is given where they are not more than twice its usual steps."""
 COMBINATIONS = ("add", "concat")
 MASKINGS = ("bilevel", "tokens", "features", "genes", "thinning", "none")
 POSITIONAL = (
@@ -482,14 +484,15 @@ def _check_together(chosen: Settings, given: Mapping[str, Any]) -> None:
             )
 
 
-def in_form(settings: Settings, form: str) -> Settings:
+def in_form(settings: Settings, form: str, n_cells: int = 0) -> Settings:
     """Settings of one network.
 
     ``plain`` is what the settings say. ``wide`` has a linear path from the token to the genes beside the encoder, and
     half the learning rate. ``large`` is wide, with tokens of twice the size, and takes four steps, of a quarter of
     ``tokens_per_step`` cells each, for every step of the others, and twice as many validations. ``perceptron`` has one
     hidden layer and dropout in place of encoder and latent, is neither variational nor has it a posterior, and has
-    tokens of four times the size; it is trained as ``large``.
+    tokens of four times the size; it is trained as ``large``, with up to twice as many steps where cells are so many
+    that these are fewer than :data:`PASSES` passes.
 
     Parameters
     ----------
@@ -497,6 +500,8 @@ def in_form(settings: Settings, form: str) -> Settings:
         Settings of the model.
     form
         One of :data:`FORMS`.
+    n_cells
+        Cells that the network is trained on.
     """
     if form == "plain":
         return settings
@@ -514,6 +519,9 @@ def in_form(settings: Settings, form: str) -> Settings:
     )
     if form == "large":
         return replace(settings, dim=2 * settings.dim, training=training)
+    if training.tokens_per_step is not None:
+        passes = math.ceil(PASSES * n_cells / training.tokens_per_step)
+        training = replace(training, n_steps=min(max(training.n_steps, passes), 2 * training.n_steps))
     dim = 4 * settings.dim
     return replace(
         settings,

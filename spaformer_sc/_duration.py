@@ -68,7 +68,7 @@ def duration(model: SpaFormer, opened: Opened, fields: list[FieldOfView]) -> tup
         n_fitted = sum(int(field.own.sum()) for field in fields)
         late, early, shortest, predicting = [], [], [], []
         for form in s.forms[: s.n_networks]:
-            training = in_form(s, form).training
+            training = in_form(s, form, n_fitted).training
             sampler = replace(trial._sampler(device), tokens_per_step=training.tokens_per_step)
             n_epochs, _ = planned_steps(whole, sampler, training)
             held = HeldCounts(data, sampler, split.validation, trial._shares, workers)

@@ -725,6 +725,7 @@ class SpaFormer:
             entries = None
         validate = partial(held.gain if entries is None else entries.gain, ranks=ranks)
         widest = max(in_form(s, form).dim for form in candidates)
+        n_cells = sum(int(sequence.fov.own.sum()) for sequence in data)
         components = token_components(held.opened, widest, s.hops) if s.pca_start and start is None else None
         histories: list[History] = []
         parts: list[NDArray[np.float64]] = []
@@ -758,14 +759,16 @@ class SpaFormer:
                 self._forms.append(form)
                 histories.append(history)
 
-        train_further(0, candidates, [in_form(s, form).training for form in candidates])
+        train_further(0, candidates, [in_form(s, form, n_cells).training for form in candidates])
         if not self._networks or self._forms[0] == "perceptron":  # whose latent is none to be shown
             raise diverged[0]
         if n_more := n_networks - len(candidates):
             best_first = np.argsort([-history.best_score for history in histories], kind="stable")
             like = [int(number) for number in islice(cycle(best_first), n_more)]
             forms = [self._forms[number] for number in like]
-            trainings = [shortened(in_form(s, self._forms[number]).training, histories[number]) for number in like]
+            trainings = [
+                shortened(in_form(s, self._forms[number], n_cells).training, histories[number]) for number in like
+            ]
             train_further(len(candidates), forms, trainings)
         if diverged:
             logger.warning("%d of %d networks are left out: %s", len(diverged), n_networks, diverged[0])

@@ -299,10 +299,21 @@ def test_lead_is_over_the_best_peer_of_each_score(accuracy: ModuleType) -> None:
     assert peer == "magic"
     assert leads == pytest.approx([-0.05, -0.05])
     table = "\n".join(accuracy.lead_table(results, "thinning"))
-    assert "| set | raw | spaformer_paper | +9.0 ± 1.4 | magic | -0.0500 ± 0.0000 |" in table
+    assert "| set | raw | spaformer_paper | +9.0 ± 1.4 |  | magic | -0.0500 ± 0.0000 |" in table
     summary = "\n".join(accuracy.summary_table(results, "thinning", ""))
     assert "| spaformer_best | **0.9500 ± 0.0707** |" in summary
     assert summary.index("| truth |") < summary.index("| spaformer_best |") < summary.index("| magic |")
+
+
+def test_lead_beyond_a_gene_mean_that_was_treated_alike(accuracy: ModuleType) -> None:
+    rows = [
+        row(accuracy, "gene_mean", 0, gain=0.0, gain_calibrated=0.3),
+        row(accuracy, "spaformer", 0, gain=0.44, gain_calibrated=0.45),
+        row(accuracy, "blend", 0, gain=0.4, gain_calibrated=0.42),
+    ]
+    table = "\n".join(accuracy.lead_table(accuracy.Results(rows), "thinning"))
+    assert "| set | raw | blend | +10.0 | +10.0 |" in table
+    assert "| set | calibrated | blend | +7.1 | +25.0 |" in table
 
 
 def test_gains_in_rmse_are_over_the_gene_mean(accuracy: ModuleType) -> None:

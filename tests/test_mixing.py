@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 
 import spaformer_sc as sf
+from spaformer_sc import _config
 from spaformer_sc._config import Settings, Training, in_form, n_weights
 from spaformer_sc.metrics import mixture_weights
 from spaformer_sc.training.mixing import HeldCounts, mix_in_own_counts
@@ -193,6 +194,24 @@ def test_forms_of_a_network():
     assert (perceptron.dim, perceptron.n_latent, perceptron.n_layers) == (4 * s.dim, 4 * s.dim, 0)
     assert (perceptron.posterior, perceptron.dropout, perceptron.training) == (False, 0.0, t)
     assert not in_form(replace(s, variational=True), "perceptron").variational
+
+
+def test_a_perceptron_takes_more_steps_on_more_cells():
+    s = Settings(training=Training(n_steps=100, tokens_per_step=512))
+    steps = [in_form(s, "perceptron", n).training.n_steps for n in (0, 853, 1280, 10**6)]
+    assert steps == [400, 400, 600, 800]  # 60 passes in steps of 128 cells, up to twice as many
+    assert in_form(s, "large", 10**6).training.n_steps == 400
+    whole = replace(s, training=replace(s.training, tokens_per_step=None))
+    assert in_form(whole, "perceptron", 10**6).training.n_steps == 400
+
+
+def test_many_cells_lengthen_the_training_of_a_perceptron(shared_tissue, monkeypatch):
+    monkeypatch.setattr(_config, "PASSES", 10**6)
+    settings = {"forms": ["plain", "perceptron"], "n_networks": 2, "n_steps": 20, "tokens_per_step": 64}
+    model = sf.SpaFormer(library_key="fov", settings=settings | {"patience": 100}, progress=False).fit(shared_tissue)
+    numbers, steps = np.array(model.history["network"]), np.array(model.history["step"])
+    assert steps[numbers == 0].max() == pytest.approx(20, rel=0.5)
+    assert steps[numbers == 1].max() == pytest.approx(160, rel=0.1)
 
 
 @pytest.mark.parametrize("form", ["plain", "wide", "large", "perceptron"])
