@@ -95,7 +95,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         "--quality",
         choices=QUALITIES,
         default="default",
-        help="networks that are averaged: fast 1, default 4, best 10",
+        help="networks that are averaged: fast 1, default 5, best 10",
     )
     model.add_argument("--preset", choices=PRESETS, default="default", help="paper: the configuration of the paper")
     model.add_argument(

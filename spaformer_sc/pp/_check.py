@@ -142,7 +142,7 @@ def check(
 ) -> CheckReport:
     """Look at data before they are imputed: what is in them, what will be done, and what it takes.
 
-    Nothing is trained, and ``adata`` is not changed. Counts in a file (``backed="r"``) are read in blocks.
+    Nothing is imputed, and ``adata`` is not changed. Counts in a file (``backed="r"``) are read in blocks.
 
     Parameters
     ----------

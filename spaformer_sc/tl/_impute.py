@@ -131,7 +131,8 @@ def impute(
     n_latent
         Dimensions of the latent space; 64, or 20 in the paper's preset, by default.
     max_epochs
-        Passes over all cells; by default as many as 2000 training steps take, or fewer for networks after the second.
+        Passes over all cells; by default as many as 2,000 training steps take (8,000 smaller ones of a large network or
+        perceptron, of the latter up to twice as many on many cells), or fewer for networks after the first of a form.
         Training stops earlier when the score on what is held out no longer improves.
     settings
         Every other choice by name, for method work: a dictionary with entries such as ``{"hops": 0, "dropout": 0.1,
