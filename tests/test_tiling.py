@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 import spaformer_sc.pp
+from spaformer_sc.data._fields import _among
 from spaformer_sc.data._graph import spatial_graph, typical_distance
 from spaformer_sc.data._tiling import tile
 
@@ -271,3 +272,17 @@ def test_nothing_is_written_on_failure(adata):
         spaformer_sc.pp.tile(adata)
     assert list(adata.obs) == ["field"]
     assert not adata.uns
+
+
+@pytest.mark.parametrize("order", ["as they are", "any"])
+def test_edges_within_a_tile_are_those_of_the_graph(order):
+    rng = np.random.default_rng(0)
+    graph = spatial_graph(rng.random((600, 2)), method="knn", n_neighbors=6, radius=None)
+    cells = rng.choice(600, 200, replace=False)
+    cells = np.sort(cells) if order == "as they are" else cells
+    place = np.full(600, -1)
+    found, expected = _among(graph, cells, place), graph[cells][:, cells]
+    assert 0 < found.nnz < graph.nnz
+    for part in ("indptr", "indices", "data"):  # in the same order: sums over them are the same to the last digit
+        np.testing.assert_array_equal(getattr(found, part), getattr(expected, part))
+    assert (place == -1).all()

@@ -164,13 +164,15 @@ class Layout:
                 adjacency = self.given[cells][:, cells].tocsr()
             unit = typical_distance(here, adjacency)
             tiles = tile(here, tile_size=self.tile_size, margin=MARGIN * unit)
+            centre = here.mean(axis=0)
+            place = np.full(len(cells), -1, dtype=np.int64)
             fields = []
             for number, part in enumerate(tiles):
                 local = part.context
-                sub = adjacency if len(local) == len(cells) else adjacency[local][:, local].tocsr()
+                sub = adjacency if len(local) == len(cells) else _among(adjacency, local, place)
                 coo = sub.tocoo()
                 edge_index = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
-                positions = ((here[local] - here.mean(axis=0)) / unit).astype(np.float32)
+                positions = ((here[local] - centre) / unit).astype(np.float32)
                 features: dict[str, Tensor] = {}
                 if self.encode is not None:
                     pos = torch.from_numpy(positions)[:, :2]
@@ -193,6 +195,21 @@ class Layout:
                 fields,
                 {"n_edges": adjacency.nnz // 2, "n_components": n_components(adjacency), "typical_distance": unit},
             )
+
+
+def _among(adjacency: sp.csr_matrix, cells: NDArray[np.int64], place: NDArray[np.int64]) -> sp.csr_matrix:
+    """Return the edges among some cells, in the order in which they are stored.
+
+    Indexing the columns of a CSR matrix takes time for each of its columns, so that a large image in many tiles would
+    take the square of its cells. ``place`` is -1 for every cell of the image, before and after.
+    """
+    rows = adjacency[cells]
+    place[cells] = np.arange(len(cells))
+    columns = place[rows.indices]
+    place[cells] = -1
+    kept = columns >= 0
+    n_kept = np.concatenate([[0], np.cumsum(kept)])[rows.indptr]
+    return sp.csr_matrix((rows.data[kept], columns[kept], n_kept), shape=(len(cells), len(cells)))
 
 
 def fields_of_view(
