@@ -188,6 +188,8 @@ def step(data: str, library_key: str, seed: int) -> Values:
         "batch, ms": 1e3 * spent["batch"],
         "step, ms": 1e3 * spent["step"],
         "step in bf16, ms": 1e3 * float(np.median(times["step in bf16"])),
+        "matrix products, GFLOP": flops / 1e9,
+        "best rate, GFLOP/s": max(rates) / 1e9,
         "floor, ms": 1e3 * floor,
         "times the floor": sum(spent.values()) / floor,
     }
