@@ -354,16 +354,17 @@ def lead(
         return None
     peer = max(peers, key=lambda m: results.mean(data, protocol, m, score))
     theirs = results.scores[data, protocol, peer]
-    simple = {} if over is None else results.scores.get((data, protocol, over), {})
+    simple = results.scores.get((data, protocol, over or ""), {})
     leads = []
-    for seed in sorted(ours.keys() & theirs.keys() & (simple.keys() if over else ours.keys())):
-        if score in ours[seed] and score in theirs[seed]:
-            difference = ours[seed][score] - theirs[seed][score]
-            whole = theirs[seed][score] - (simple[seed][score] if over else 0.0)
-            if not relative:
-                leads.append(difference)
-            elif whole > 0:
-                leads.append(100 * difference / whole)
+    for seed in sorted(ours.keys() & theirs.keys()):
+        least = simple.get(seed, {}).get(score) if over else 0.0
+        if least is None or score not in ours[seed] or score not in theirs[seed]:
+            continue
+        difference = ours[seed][score] - theirs[seed][score]
+        if not relative:
+            leads.append(difference)
+        elif theirs[seed][score] > least:
+            leads.append(100 * difference / (theirs[seed][score] - least))
     return peer, leads
 
 
