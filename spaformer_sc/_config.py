@@ -27,7 +27,7 @@ READ_THE_GRAPH = frozenset({"gat", "conditional", "conditional_gat"})
 FORMS = ("plain", "wide", "large", "perceptron")
 """Forms of a network; see :func:`in_form`."""
 PASSES = 60
-"""Passes over all cells that a perceptron is given where they are not more than twice its usual steps."""
+"""Passes over all cells that a perceptron makes, within once and twice its usual steps."""
 COMBINATIONS = ("add", "concat")
 MASKINGS = ("bilevel", "tokens", "features", "genes", "thinning", "none")
 POSITIONAL = (

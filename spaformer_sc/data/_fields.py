@@ -153,6 +153,7 @@ class Layout:
 
         order = np.argsort(self.codes, kind="stable")
         bounds = np.searchsorted(self.codes[order], np.arange(len(self.names) + 1))
+        place = np.full(len(self.codes), -1, dtype=np.int64)
         for code in range(len(self.names)) if codes is None else codes:
             name = self.names[code]
             cells = order[bounds[code] : bounds[code + 1]]
@@ -161,11 +162,10 @@ class Layout:
                 how = self.graph
                 adjacency = spatial_graph(here, method=how.method, n_neighbors=how.n_neighbors, radius=how.radius)
             else:
-                adjacency = self.given[cells][:, cells].tocsr()
+                adjacency = _among(self.given, cells, place)
             unit = typical_distance(here, adjacency)
             tiles = tile(here, tile_size=self.tile_size, margin=MARGIN * unit)
             centre = here.mean(axis=0)
-            place = np.full(len(cells), -1, dtype=np.int64)
             fields = []
             for number, part in enumerate(tiles):
                 local = part.context
@@ -200,8 +200,8 @@ class Layout:
 def _among(adjacency: sp.csr_matrix, cells: NDArray[np.int64], place: NDArray[np.int64]) -> sp.csr_matrix:
     """Return the edges among some cells, in the order in which they are stored.
 
-    Indexing the columns of a CSR matrix takes time for each of its columns, so that a large image in many tiles would
-    take the square of its cells. ``place`` is -1 for every cell of the image, before and after.
+    Indexing the columns of a CSR matrix takes time for each of its columns, so that many FOVs or tiles of one graph
+    would take the square of its cells. ``place`` is -1 for every cell of the graph, before and after.
     """
     rows = adjacency[cells]
     place[cells] = np.arange(len(cells))
