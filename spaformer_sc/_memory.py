@@ -16,8 +16,11 @@ PACKAGES = 900 * 2**20
 BLOCK = 512
 """Cells of which matrices with all genes are in memory at a time, for each thread that predicts."""
 
-EVIDENCE = 6
-"""Matrices of a FOV's cells and all genes that weighing the counts of cells alike takes."""
+VIEW = 16
+"""Bytes of a count in a view of a FOV: its place, what is shown, what is asked for, and the normalised value."""
+
+MASKS = 7
+"""Bytes of an entry in the masks of a view: what is visible (twice), asked for and measured."""
 
 COPIES = 7
 """Numbers kept of each weight in training: itself, gradient, two moments, average, its best and the one before."""
@@ -36,6 +39,7 @@ def state_memory(
     n_inputs: int,
     n_decoded: int,
     width: int,
+    all_widths: int,
     weights: int,
     all_weights: int,
     n_trainings: int,
@@ -63,8 +67,8 @@ def state_memory(
         Matrices of expression that the network reads.
     n_decoded
         Matrices of cells × genes that decoding takes at once.
-    width
-        Numbers that the encoder keeps of a cell.
+    width, all_widths
+        Numbers that the largest encoder computes of a cell at a time, and that all networks keep of it.
     weights, all_weights
         Weights of the largest network, and of all of them together.
     n_trainings, n_threads
@@ -72,7 +76,7 @@ def state_memory(
     masked
         Whether entries are missing, so that masks of all cells and genes are kept.
     pooled
-        Whether the counts of cells alike come in, for which matrices of a FOV's cells and all genes are there at once.
+        Whether the counts of cells alike come in, for which the mean share of a FOV's cells and all genes is kept.
     kept
         Bytes of the result that stays in memory.
     n_workers
@@ -90,16 +94,19 @@ def state_memory(
     dense = 4 * n_cells * n_genes
     masks = n_cells * n_genes * 5 if masked else 0  # the user's, what is held out, both, and their parts by FOV
     sparse = 6 * 8 * n_counts  # value and column of the counts, their three parts, and what is drawn to part them
+    seen = VIEW * n_counts + (MASKS * n_cells * n_genes if masked else 0)
     # The views of the next FOVs are made while those before are in use.
-    views = 2 * min(buffer, dense * (3 if masked else 1) + 12 * n_counts)
+    views = 2 * min(buffer, seen)
     training = views + 4 * step * n_genes * (2 * n_decoded + n_inputs) + 4 * weights * (COPIES - 1)
-    whole = 4 * largest_fov * (n_genes * (2 if masked else 1) + width)
-    evidence = 4 * largest_fov * n_genes * EVIDENCE if pooled else 0
-    prediction = whole + max(evidence, n_threads * 4 * BLOCK * n_genes * (n_decoded + n_inputs))
+    validation = seen * largest_fov // n_cells + 4 * largest_fov * width
+    whole = validation + 4 * largest_fov * all_widths
+    evidence = 4 * largest_fov * n_genes * (2 if masked else 1) if pooled else 0
+    blocks = n_threads * 4 * BLOCK * n_genes * (n_decoded + n_inputs + 3 * pooled)
+    prediction = whole + evidence + blocks + 4 * largest_fov * n_genes
     scoring = dense + max(prediction, dense + JUDGING)
-    fit = max(n_trainings * (training + whole), whole + evidence, scoring)
+    fit = max(n_trainings * (training + validation), whole + evidence + blocks, scoring)
     networks = 4 * all_weights
-    workers = n_workers * (PACKAGES + sparse + masks + networks + whole + max(training, evidence))
+    workers = n_workers * (PACKAGES + sparse + masks + networks + whole + max(training, evidence + blocks))
     need = PACKAGES + sparse + masks + networks + max(fit, kept + prediction, workers)
     free = available_memory()
     logger.info("memory: about %d MiB at the peak, of which %d MiB for the result", need >> 20, kept >> 20)

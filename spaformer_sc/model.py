@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .training.checkpoint import Checkpoint
     from .training.mixing import Correction, HeldCounts, HeldEntries
     from .training.posterior import Posterior
+    from .training.prediction import Said
     from .training.sequences import FieldCounts, Sampler, Whole
     from .training.trainer import History
 
@@ -573,7 +574,8 @@ class SpaFormer:
             buffer=BUFFER_BYTES,
             n_inputs=1 + s.hops,
             n_decoded=10 if self._decodes_little(masked) else 14,
-            width=max(37 * form.dim if form.n_layers else 0 for form in forms) + 3 * sum(form.dim for form in forms),
+            width=max((14 if form.n_layers else 3) * form.dim for form in forms),
+            all_widths=3 * (sum(form.dim for form in forms) + (s.n_networks - len(forms)) * forms[0].dim),
             weights=max(weights),
             all_weights=sum(weights) + (s.n_networks - len(weights)) * max(weights),
             n_trainings=1 if s.dropout or self.devices > 1 else min(workers.n, n_together),
@@ -680,7 +682,7 @@ class SpaFormer:
         histories = self._train_networks(data, sampler, held, entries, device, checkpoint, start, workers, ranks)
         self._concentration = math.inf
         if self.settings.n_pooled and held.enough:
-            fitted = fit_concentration(self._networks, self._weights[0], held, self.settings.n_pooled, workers)
+            fitted = fit_concentration(self._networks, self._weights[0], held, self.settings.n_pooled)
             self._concentration, *_ = ranks.all(fitted)
             use = "not used" if math.isinf(fitted) else f"used, with concentration {self._concentration:g}"
             logger.info("counts of cells alike: %s", use)
@@ -693,8 +695,7 @@ class SpaFormer:
         }
         if entries is None or not len(entries.counts) or self.settings.decoder == "gaussian":
             return None
-        corrected = partial(self._correction, workers=workers)
-        expected = entries.expected(self._networks, self._weights[1], corrected)
+        expected = entries.expected(self._networks, self._weights[1], self._correction)
         return fit_shape_where_missing(expected, entries.counts)
 
     def _train_networks(
@@ -1044,6 +1045,8 @@ class SpaFormer:
                             f"values among its counts and coordinates; `target_sum` is {target_sum:g}."
                         )
                     gathered.add(number, field.cells[inside], field.weight[inside], block)
+                    del sequence, whole, block
+                    give_back()
                 done += int(field.own.sum())
                 bar.update(done, gathered.n_cells)
         if ranks.size > 1:
@@ -1066,27 +1069,28 @@ class SpaFormer:
         import torch
 
         from .training.mixing import uncorrected
-        from .training.prediction import in_blocks
+        from .training.prediction import Said
 
         n_genes = 0 if output is None else len(self._shares) if genes is None else len(genes)
         columns = slice(None) if genes is None else genes
-        networks = self._networks[:1] if output is None else self._networks
         mean = np.zeros((len(inside), n_genes), dtype=np.float32)
         latent = np.zeros((len(inside), self.settings.n_latent if embed else 0), dtype=np.float32)
         depth = np.zeros(len(inside), dtype=np.float32)
         counts = np.zeros((len(some), n_genes), dtype=np.float32)
-        corrected = uncorrected if output is None else self._correction(whole, workers)
+        said = Said(self._networks[:1] if output is None else self._networks, whole, workers)
+        corrected = uncorrected if output is None else self._correction(said, inside)
 
         def predict(at: slice, tokens: Tokens, outputs: Iterator[Output]) -> None:
+            correct = corrected(at)
             total = np.zeros((at.stop - at.start, 1), dtype=np.float32)
             led = slice(*np.searchsorted(some, [at.start, at.stop]))
             led_rows = some[led] - at.start
-            for number, (network, said) in enumerate(zip(networks, outputs, strict=True)):
+            for number, (network, raw) in enumerate(zip(said.networks, outputs, strict=True)):
                 if embed and number == 0:
-                    latent[at] = said.latent.cpu().numpy()
+                    latent[at] = raw.latent.cpu().numpy()
                 if output is None:
                     return
-                result = corrected(inside[at], network, said)
+                result = correct(network, raw)
                 share, where_missing = self._weights[:, number].astype(np.float32)
                 weights = share if measured is None else np.where(measured[at], share, where_missing)
                 part = self._scaled(network, result, tokens, output, target_sum).cpu().numpy()
@@ -1106,7 +1110,7 @@ class SpaFormer:
                 # Each network's rates have this sum, but not their mean with weights that differ within a cell.
                 mean[at] *= target_sum / total
 
-        for _ in in_blocks(networks, whole, predict, workers, torch.from_numpy(inside)):
+        for _ in said.in_blocks(predict, torch.from_numpy(inside)):
             pass
         led_back = None
         if len(some):
@@ -1114,12 +1118,11 @@ class SpaFormer:
             led_back = counts, mean[some], depth[some], seen
         return Block(mean, latent, depth, led_back)
 
-    def _correction(self, whole: Whole, workers: Workers) -> Correction:
-        """What the counts of cells alike do to what the networks say of the cells of a FOV."""
+    def _correction(self, said: Said, cells: NDArray[np.int64] | None = None) -> Correction:
+        """What the counts of cells alike do to what the networks say of some cells of a FOV, None for all."""
         from .training.pooling import correction
 
-        n = self.settings.n_pooled
-        return correction(self._networks, self._weights[0], whole, n, self._concentration, workers)
+        return correction(said, self._weights[0], self.settings.n_pooled, self._concentration, cells)
 
     @staticmethod
     def _scaled(network: Network, result: Output, tokens: Tokens, output: str, target_sum: float) -> torch.Tensor:

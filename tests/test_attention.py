@@ -127,6 +127,15 @@ def test_ragged_batch_equals_one_fov_at_a_time(make: object) -> None:
 
 
 @pytest.mark.parametrize("make", KINDS)
+def test_without_gradients_the_result_is_the_same(make: object) -> None:
+    module, lengths = seeded(make()), [40, 7, 40]
+    x = tokens(sum(lengths))
+    found = module(x, lengths).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x, lengths), found, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", KINDS)
 def test_extreme_batch_mates_change_nothing(make: object) -> None:
     module, x = seeded(make()), tokens(12)
     alone = module(x, [12])

@@ -14,6 +14,7 @@ from spaformer_sc.nn.masking import MaskingSchedule
 from spaformer_sc.nn.network import Network, NetworkConfig, Tokens
 from spaformer_sc.positional import build_positional
 from spaformer_sc.training.sequences import Sampler, neighbour_values, sequences, token_graph, windows
+from spaformer_sc.training.sparse import dense_product
 from spaformer_sc.training.trainer import batch_loss
 
 G = 20
@@ -175,11 +176,23 @@ def test_rings_average_over_one_and_over_exactly_two_steps() -> None:
     assert neighbour_rings(triangle, 0) == ()
 
 
+@pytest.mark.parametrize("index", [np.int32, np.int64])
+def test_the_dense_product_of_sparse_matrices(index) -> None:
+    rng = np.random.default_rng(0)
+    left, right = (sp.random(*shape, 0.3, "csr", np.float32, random_state=rng) for shape in ((9, 14), (14, 6)))
+    left.indices, left.indptr = left.indices.astype(index), left.indptr.astype(index)
+    found = dense_product(left, right)
+    assert found.dtype == np.float32
+    assert (found == (left @ right).toarray()).all()
+    assert not dense_product(left[:0], right).size
+    assert not dense_product(sp.csr_matrix((3, 14), dtype=np.float32), right).any()
+
+
 def test_neighbour_means_leave_hidden_entries_out() -> None:
-    ring = neighbour_rings(sp.csr_matrix(np.ones((4, 4), dtype=np.float32) - np.eye(4, dtype=np.float32)), 1)
+    (ring,) = neighbour_rings(sp.csr_matrix(np.ones((4, 4), dtype=np.float32) - np.eye(4, dtype=np.float32)), 1)
     values = torch.tensor([[1.0, 0.0], [2.0, 4.0], [3.0, 0.0], [0.0, 8.0]])
     visible = torch.tensor([[True, False], [True, True], [True, True], [False, True]])
-    (mean,) = neighbour_values(values * visible, visible, ring)
+    mean = neighbour_values(sp.csr_matrix((values * visible).numpy()), visible, ring)
     np.testing.assert_allclose(mean[0], [(2 + 3) / 2, (4 + 0 + 8) / 3], rtol=1e-6)
     np.testing.assert_allclose(mean[3], [(1 + 2 + 3) / 3, (4 + 0) / 2], rtol=1e-6)
 

@@ -12,7 +12,8 @@ import torch
 import spaformer_sc as sf
 from spaformer_sc._config import resolve
 from spaformer_sc.training.mixing import HeldCounts
-from spaformer_sc.training.pooling import CONCENTRATIONS, Evidence, cells_alike, correction, fit_concentration
+from spaformer_sc.training.pooling import CONCENTRATIONS, Evidence, cells_alike, correction, fit_concentration, ratio
+from spaformer_sc.training.prediction import Said
 from spaformer_sc.training.sequences import sequences
 
 
@@ -26,6 +27,8 @@ def test_cells_alike_are_the_nearest_others(dimensions) -> None:
     for row in range(50):
         assert set(found[row].indices) == set(nearest[row])
     assert set(found.data) == {1.0}
+    some = np.array([40, 3, 17])
+    assert (cells_alike(points, 7, some) != found[some]).nnz == 0
 
 
 def test_a_cell_is_never_its_own_neighbour() -> None:
@@ -44,7 +47,8 @@ def test_evidence_is_what_was_counted_and_expected_in_cells_alike(fitted, shared
     counts = loaded.counts.toarray() if missing is None else loaded.counts.toarray() * ~missing
     field = sequences(loaded.fields, sp.csr_matrix(counts), missing)[1]
     whole = fitted._sampler(torch.device("cpu")).open(field)
-    found = Evidence.of(fitted._networks, fitted._weights[0], whole, 5, workers)
+    found = Evidence.of(Said(fitted._networks, whole, workers), fitted._weights[0], 5)
+    counted, predicted = found.there(slice(0, len(found.share)))
     with torch.inference_mode():
         outputs = [network(whole.tokens()) for network in fitted._networks]
         shares = [network.decoder.share(o.decoded).numpy() for network, o in zip(fitted._networks, outputs)]
@@ -54,10 +58,14 @@ def test_evidence_is_what_was_counted_and_expected_in_cells_alike(fitted, shared
     expected = share * seen
     expected *= (own.sum(axis=1) / expected.sum(axis=1))[:, None]
     near = cells_alike(outputs[0].latent.numpy(), 5).toarray() + cells_alike(field.fov.positions, 5).toarray()
-    np.testing.assert_allclose(found.counted, near @ own, rtol=1e-5)
-    np.testing.assert_allclose(found.expected, near @ expected, rtol=1e-3, atol=1e-6)
-    assert found.counted.sum() == pytest.approx(found.expected.sum(), rel=1e-4)
-    np.testing.assert_allclose(found.ratio(20.0), (near @ own + 20) / (near @ expected + 20), rtol=1e-3)
+    np.testing.assert_allclose(counted, near @ own, rtol=1e-5)
+    np.testing.assert_allclose(predicted, near @ expected, rtol=1e-3, atol=1e-6)
+    assert counted.sum() == pytest.approx(predicted.sum(), rel=1e-4)
+    np.testing.assert_allclose(ratio(counted, predicted, 20.0), (near @ own + 20) / (near @ expected + 20), rtol=1e-3)
+    for some, every in zip(found.there(slice(3, 9)), (counted, predicted), strict=True):
+        assert (some == every[3:9]).all()
+    some = Evidence.of(Said(fitted._networks, whole, workers), fitted._weights[0], 5, np.arange(4, 30))
+    assert (some.there(slice(0, 10))[1] == predicted[4:14]).all()
 
 
 @pytest.mark.parametrize("decoder", ["poisson", "nb", "zinb"])
@@ -67,20 +75,20 @@ def test_corrected_shares_are_shares(decoder, workers) -> None:
     loaded, _ = model.fit(tissue)._read(tissue, model.keys)
     (network,) = model._networks
     whole = model._sampler(torch.device("cpu")).open(sequences(loaded.fields, loaded.counts, None)[0])
-    of_field = [network], np.ones(1), whole, 5
+    said, of_field = Said([network], whole, workers), (np.ones(1), 5)
     with torch.inference_mode():
         output = network(whole.tokens())
         before = network.decoder.share(output.decoded).numpy()
-        changed = correction(*of_field, 20.0, workers)(slice(None), network, output)
+        changed = correction(said, *of_field, 20.0)(slice(0, 60))(network, output)
         after = network.decoder.share(changed.decoded).numpy()
-        some = correction(*of_field, 20.0, workers)(np.arange(60), network, output)
-    expected = before * Evidence.of(*of_field, workers).ratio(20.0)
+        some = correction(said, *of_field, 20.0, np.arange(60))(slice(0, 60))(network, output)
+    expected = before * ratio(*Evidence.of(said, *of_field).there(slice(0, 60)), 20.0)
     np.testing.assert_allclose(after, expected / expected.sum(axis=1, keepdims=True), rtol=1e-5)
     assert abs(after - before).max() > 1e-3
     assert (network.decoder.share(output.decoded).numpy() == before).all()
     assert (some.decoded.expression == changed.decoded.expression).all()
     assert changed.latent is output.latent
-    assert correction(*of_field, math.inf, workers)(slice(None), network, output) is output
+    assert correction(said, *of_field, math.inf)(slice(0, 60))(network, output) is output
 
 
 def two_kinds(strength: float, seed: int = 0):
@@ -102,7 +110,7 @@ def test_what_is_held_out_says_how_much_cells_alike_count(strength, workers) -> 
     loaded, _ = model._read(tissue, model.keys)
     sampler = model._sampler(torch.device("cpu"))
     held = HeldCounts(sequences(loaded.fields, loaded.counts, None), sampler, more, model._shares, workers)
-    chosen = fit_concentration(model._networks, model._weights[0], held, 20, workers)
+    chosen = fit_concentration(model._networks, model._weights[0], held, 20)
     if strength:
         assert chosen == CONCENTRATIONS[0]
     else:

@@ -194,6 +194,13 @@ class PerformerAttention(_Attention):
         self.features.copy_(orthogonal_features(n_features, head_dim, generator))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self._attend(q, k, v)
+        # A whole FOV has several times as many features as numbers in its tokens: one head at a time.
+        heads = zip(*(torch.split(x, 1, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([self._attend(*head) for head in heads], dim=1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             dtype = torch.promote_types(q.dtype, torch.float32)
             phi_q, phi_k = (self._softmax_features if self.kernel == "softmax" else self._relu_features)(

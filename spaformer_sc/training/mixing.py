@@ -19,7 +19,7 @@ from spaformer_sc.metrics import mixture_weights
 from spaformer_sc.nn.decoders import CountDecoder
 from spaformer_sc.nn.network import Network, Output, Tokens
 
-from .prediction import in_blocks
+from .prediction import Said
 from .ranks import ALONE, Ranks, largest_first
 from .scoring import FLOOR, log_ratios
 from .sequences import FieldCounts, Sampler, Whole
@@ -56,13 +56,17 @@ class _Held:
         workers: Workers,
     ) -> None:
         self.fields = fields
-        self._sampler, self._workers = sampler, workers
+        self._sampler, self.workers = sampler, workers
         self._rows, self._cols = rows, cols
         self._starts = np.concatenate([[0], np.cumsum([len(part) for part in rows])])
 
     def opened(self) -> Iterator[Whole]:
         """Each FOV, one at a time."""
         return map(self._sampler.open, self.fields)
+
+    def said(self, number: int, networks: Sequence[Network]) -> Said:
+        """What networks say of a FOV."""
+        return Said(networks, self._sampler.open(self.fields[number]), self.workers)
 
     def _per_count(self, parts: Sequence[float], ranks: Ranks) -> float:
         """Sum of all ranks' parts per held-out transcript; NaN when there is none, -inf when a part is not finite."""
@@ -83,12 +87,12 @@ class _Held:
         return [
             part
             for number in np.flatnonzero(whose == ranks.rank).tolist()
-            for part in self._in_field(number, networks, function)
+            for part in self._in_field(number, self.said(number, networks), function)
             if part is not None
         ]
 
     def _in_field(
-        self, number: int, networks: Sequence[Network], function: Callable[[Block, Iterator[Output]], T]
+        self, number: int, said: Said, function: Callable[[Block, Iterator[Output]], T]
     ) -> Iterator[T | None]:
         """Apply a function to the blocks of one FOV; None for one without held-out entries."""
         sequence, rows, cols = self.fields[number], self._rows[number], self._cols[number]
@@ -102,7 +106,7 @@ class _Held:
             of_block = None if measured is None else measured[at]
             return function(Block(at, tokens, places, slice(start + first, start + last), of_block), outputs)
 
-        return in_blocks(networks, self._sampler.open(sequence), in_block, self._workers)
+        return said.in_blocks(in_block)
 
 
 @dataclass(frozen=True)
@@ -130,19 +134,19 @@ class Block:
     measured: NDArray[np.bool_] | None
 
 
-Correction = Callable[[slice | NDArray[np.int64], Network, Output], Output]
-"""From rows of a FOV, a network and its output for these, to the output that counts."""
+Correction = Callable[[slice], Callable[[Network, Output], Output]]
+"""From a block of cells to what makes, of the output of a network for these, the output that counts."""
 
 
-def uncorrected(rows: slice | NDArray[np.int64], network: Network, output: Output) -> Output:
-    """Return the output as it is."""
-    return output
+def uncorrected(block: slice) -> Callable[[Network, Output], Output]:
+    """Leave the output as it is."""
+    return lambda network, output: output
 
 
 class OfField(NamedTuple):
-    """Held-out counts of a FOV: their rows, columns and numbers (entries,), and what was measured (cells, genes)."""
+    """Number of a FOV; rows, columns and numbers of its held-out counts (entries,); what was measured of it."""
 
-    whole: Whole
+    number: int
     rows: NDArray[np.int64]
     cols: NDArray[np.int64]
     counts: NDArray[np.float64]
@@ -202,10 +206,11 @@ class HeldCounts(_Held):
         return self._per_count(self._in_blocks([network], gain, ranks), ranks)
 
     def by_field(self) -> Iterator[OfField]:
-        """Held-out counts of each FOV, one at a time."""
-        for number, whole in enumerate(self.opened()):
+        """Held-out counts of each FOV that has some, one at a time."""
+        for number, sequence in enumerate(self.fields):
             at = slice(self._starts[number], self._starts[number + 1])
-            yield OfField(whole, self._rows[number], self._cols[number], self.counts[at], self.fields[number].measured)
+            if at.start < at.stop:
+                yield OfField(number, self._rows[number], self._cols[number], self.counts[at], sequence.measured)
 
     def parts(self, network: Network) -> NDArray[np.float64]:
         """Shares of the held-out entries (3, entries) in the network, the cell's own counts, and the gene mean.
@@ -310,29 +315,31 @@ class HeldEntries(_Held):
         return np.concatenate(self._in_blocks([network], predicted))
 
     def expected(
-        self, networks: Sequence[Network], weights: NDArray[np.float64], correction: Callable[[Whole], Correction]
+        self, networks: Sequence[Network], weights: NDArray[np.float64], correction: Callable[[Said], Correction]
     ) -> NDArray[np.float64]:
         """Expected counts of the held-out entries (entries,), as the weighted mean of corrected networks."""
         parts = [
             part
-            for number, whole in enumerate(self.opened())
+            for number in range(len(self.fields))
             if len(self._rows[number])
-            for part in self._expected_in_field(number, networks, weights, correction(whole))
+            for part in self._expected_in_field(number, weights, self.said(number, networks), correction)
             if part is not None
         ]
         return _joined(parts)
 
     def _expected_in_field(
-        self, number: int, networks: Sequence[Network], weights: NDArray[np.float64], corrected: Correction
+        self, number: int, weights: NDArray[np.float64], said: Said, correction: Callable[[Said], Correction]
     ) -> Iterator[NDArray[np.float64] | None]:
+        corrected = correction(said)
+
         def expected(block: Block, outputs: Iterator[Output]) -> NDArray[np.float64]:
-            total = np.zeros(len(block.places[0]))
-            for network, weight, output in zip(networks, weights, outputs, strict=True):
-                share = network.decoder.share(corrected(block.cells, network, output).decoded)
+            total, correct = np.zeros(len(block.places[0])), corrected(block.cells)
+            for network, weight, output in zip(said.networks, weights, outputs, strict=True):
+                share = network.decoder.share(correct(network, output).decoded)
                 total += weight * _expected(share, block)
             return total
 
-        return self._in_field(number, networks, expected)
+        return self._in_field(number, said, expected)
 
     def weights(self, predicted: NDArray[np.float64]) -> NDArray[np.float64]:
         """Shares of predictions (networks, entries) in their mean that give the least squared error of the values."""

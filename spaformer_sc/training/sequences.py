@@ -16,8 +16,10 @@ from spaformer_sc.data._fields import FieldOfView
 from spaformer_sc.nn.masking import Corrupted, MaskingRates, MaskingSchedule, SparseCounts, corrupt, depth, nothing
 from spaformer_sc.nn.network import Network, Positions, Tokens
 
+from .sparse import dense_product
+
 BUFFER_BYTES = 96 * 2**20
-"""Memory for the corrupted views of the FOVs that are shuffled together."""
+"""Memory for the corrupted views of the FOVs that are shuffled together, at most."""
 
 
 @dataclass(frozen=True)
@@ -81,33 +83,30 @@ def stand_in(values: Tensor, visible: Tensor | None, typical: Tensor | None) -> 
 
 
 def neighbour_values(
-    values: Tensor, visible: Tensor | None, rings: Sequence[sp.csr_matrix], typical: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """Mean expression over each ring of neighbours (cells, genes); hidden entries do not count in the mean.
+    values: sp.csr_matrix, visible: Tensor | None, ring: sp.csr_matrix, typical: Tensor | None = None
+) -> Tensor:
+    """Mean expression over a ring of neighbours (cells asked for, genes); hidden entries do not count in the mean.
 
     Parameters
     ----------
     values
-        Normalised expression (cells, genes), 0 where hidden.
+        Normalised expression (cells, genes), CSR float32; hidden entries hold nothing.
     visible
         Which entries are visible, 1 or True, (cells, genes), or None when everything is.
-    rings
-        Row-normalised averaging matrices (cells asked for, cells).
+    ring
+        Row-normalised averaging matrix (cells asked for, cells).
     typical
         What stands for the mean of a gene that is hidden in all of a cell's neighbours (genes,); None for 0.
     """
-    means = []
-    for ring in rings:
-        mean = ring @ values.numpy()
-        if visible is not None:
-            seen = ring @ visible.numpy().astype(np.float32, copy=False)
-            shown = seen > 1e-6
-            np.divide(mean, seen, out=mean, where=shown)
-            if typical is not None:
-                has_neighbours = np.diff(ring.indptr) > 0
-                np.copyto(mean, typical.numpy(), where=~shown & has_neighbours[:, None])
-        means.append(torch.from_numpy(mean))
-    return tuple(means)
+    mean = dense_product(ring, values)
+    if visible is not None:
+        seen = ring @ visible.numpy().astype(np.float32, copy=False)
+        shown = seen > 1e-6
+        np.divide(mean, seen, out=mean, where=shown)
+        if typical is not None:
+            has_neighbours = np.diff(ring.indptr) > 0
+            np.copyto(mean, typical.numpy(), where=~shown & has_neighbours[:, None])
+    return torch.from_numpy(mean)
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,8 @@ class View:
     ----------
     fov
         The field of view.
-    counts, target
-        Visible counts and counts asked for (cells, genes).
-    values
-        Normalised expression (cells, genes), 0 where hidden.
+    counts, target, values
+        Visible counts, counts asked for, and normalised expression (cells, genes), at the same places.
     shown
         1 where an entry is visible (cells, genes), or None when all are.
     depth, target_depth
@@ -135,7 +132,7 @@ class View:
     fov: FieldOfView
     counts: sp.csr_matrix
     target: sp.csr_matrix
-    values: Tensor
+    values: sp.csr_matrix
     shown: Tensor | None
     depth: Tensor
     target_depth: Tensor
@@ -153,11 +150,14 @@ class View:
     ) -> View:
         """Take depth and normalised expression from what is visible."""
         counts, visible = corrupted.counts.csr(), corrupted.visible
-        asked = corrupted.target.values.numpy()
-        target = sp.csr_matrix((asked, counts.indices, counts.indptr), shape=counts.shape, copy=False)
+
+        def at_the_same_places(numbers: Tensor) -> sp.csr_matrix:
+            return sp.csr_matrix((numbers.numpy(), counts.indices, counts.indptr), shape=counts.shape, copy=False)
+
+        target = at_the_same_places(corrupted.target.values)
         seen = depth(corrupted.counts.total(), visible, gene_share)
-        values = torch.from_numpy(counts.toarray())
-        values.mul_((target_sum / seen.clamp(min=1e-6))[:, None]).log1p_()
+        scale = target_sum / seen.clamp(min=1e-6)
+        values = at_the_same_places((corrupted.counts.values * scale[corrupted.counts.rows]).log1p_())
         shown = None if visible is None else visible.to(torch.float32)
         masks = {"visible": visible, "asked": corrupted.asked, "measured": corrupted.measured}
         return cls(fov, counts, target, values, shown, seen, corrupted.target_depth, masks, typical)
@@ -166,9 +166,9 @@ class View:
         """Expression of some cells (0), or its mean over one of their rings of neighbours (1, …), (cells, genes)."""
         if number:
             ring = self.fov.rings[number - 1][rows.numpy()]
-            return neighbour_values(self.values, self.shown, (ring,), self.typical)[0]
+            return neighbour_values(self.values, self.shown, ring, self.typical)
         visible = self.masks["visible"]
-        return stand_in(self.values[rows], None if visible is None else visible[rows], self.typical)
+        return stand_in(_dense(self.values, rows), None if visible is None else visible[rows], self.typical)
 
     def inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Expression of some cells and its mean over each of their rings of neighbours (cells, genes each)."""
@@ -424,19 +424,22 @@ class Sampler:
     ) -> Iterator[Batch]:
         pieces: list[tuple[View, Tensor]] = []
         for sequence, rate in zip(group, rates, strict=True):
-            counts, measured = self._read(sequence)
-            corrupted = corrupt(self.corruptions, counts, measured, self.gene_share, rate, generator)
-            whole = View.of(sequence.fov, corrupted, self.gene_share, self.target_sum, self.typical)
+            view = self._corrupted(sequence, rate, generator)
             own = torch.from_numpy(np.flatnonzero(sequence.fov.own))
             n_parts = 1 if self.tokens_per_step is None else max(1, round(len(own) / self.tokens_per_step))
             if self.windows:
                 parts = windows(sequence.fov.positions, own.numpy(), n_parts, generator)
             else:
                 parts = list(torch.tensor_split(own[torch.randperm(len(own), generator=generator)], n_parts))
-            pieces += [(whole, rows.sort().values) for rows in parts]
+            pieces += [(view, rows.sort().values) for rows in parts]
         order = [pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()]
         for batch in self._pack(order):
             yield collate(batch, positional=self.positional, graph=self.graph, device=self.device)
+
+    def _corrupted(self, sequence: FieldCounts, rates: MaskingRates, generator: torch.Generator) -> View:
+        counts, measured = self._read(sequence)
+        shown = corrupt(self.corruptions, counts, measured, self.gene_share, rates, generator)
+        return View.of(sequence.fov, shown, self.gene_share, self.target_sum, self.typical)
 
     def _pack(self, pieces: list[tuple[View, Tensor]]) -> Iterator[list[tuple[View, Tensor]]]:
         """Put consecutive pieces together to batches of about ``tokens_per_step`` cells."""
@@ -480,7 +483,7 @@ class Sampler:
 
     @staticmethod
     def _cost(sequence: FieldCounts) -> int:
-        """Bytes of a corrupted view: dense values, counts and target at the places of counts, masks where there are."""
+        """Bytes of a corrupted view at most: counts and target at the places of counts, masks, values as if dense."""
         n_cells, n_genes = sequence.fov.n_cells, sequence.matrix.shape[1]
         filled = np.diff(sequence.matrix.indptr)
         n_counts = filled.sum() if sequence.rows is None else filled[sequence.rows].sum()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spaformer_sc._config import Training
 from spaformer_sc._logging import logger
+from spaformer_sc._memory import give_back
 from spaformer_sc.nn.decoders import CountDecoder
 from spaformer_sc.nn.network import Network
 from spaformer_sc.nn.seeding import random_state, reseed, seeded, set_random_state
@@ -206,6 +207,7 @@ class _Watch:
         Where nothing was held out (NaN), the last weights count as the best.
         """
         self.network.eval()
+        give_back()
         score = self.validate(self.network)
         self._best_before = self._best
         self.history.step.append(step)
@@ -222,6 +224,10 @@ class _Watch:
             self._since_best += 1
         self.stop = self._since_best >= self.patience
         return score != -math.inf and all(bool(weight.isfinite().all()) for weight in self.network.parameters())
+
+    def confirm(self) -> None:
+        """Take note that the loss is finite with the weights validated last: those before them are not needed."""
+        self._best_before = {}
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` goes on from."""
@@ -394,6 +400,7 @@ def train(
                 shown = ranks.mean(loss.detach())
                 if not torch.isfinite(shown):
                     return watch.diverged(step, config.learning_rate)
+                watch.confirm()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
