@@ -45,7 +45,8 @@ class Said:
         @torch.inference_mode()
         def exchanged(task: tuple[Network, Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
             network, parts = task
-            return whole.exchange(network, torch.cat(list(parts)))
+            x, context = whole.exchange(network, torch.cat(list(parts)))
+            return (x if network.config.wide else context), context  # nothing but a wide path reads `x` again
 
         blocks = workers.map(embedded, torch.split(torch.arange(whole.view.fov.n_cells), BLOCK))
         by_network = list(zip(*blocks, strict=True))[::-1]
