@@ -20,7 +20,7 @@ VIEW = 16
 """Bytes of a count in a view of a FOV: its place, what is shown, what is asked for, and the normalised value."""
 
 MASKS = 7
-"""Bytes of an entry in the masks of a view: what is visible (twice), asked for and measured."""
+"""Bytes of an entry in the masks of a view: what is visible (twice), what is asked for and what was measured."""
 
 COPIES = 7
 """Numbers kept of each weight in training: itself, gradient, two moments, average, its best and the one before."""
@@ -45,6 +45,7 @@ def state_memory(
     n_trainings: int,
     n_threads: int,
     masked: bool,
+    hides: bool,
     pooled: bool,
     kept: int,
     n_workers: int = 0,
@@ -75,6 +76,8 @@ def state_memory(
         Networks that are trained, and blocks of cells that are predicted, at the same time.
     masked
         Whether entries are missing, so that masks of all cells and genes are kept.
+    hides
+        Whether the training hides entries, or some are missing, so that views have masks.
     pooled
         Whether the counts of cells alike come in, for which the mean share of a FOV's cells and all genes is kept.
     kept
@@ -94,7 +97,7 @@ def state_memory(
     dense = 4 * n_cells * n_genes
     masks = n_cells * n_genes * 5 if masked else 0  # the user's, what is held out, both, and their parts by FOV
     sparse = 6 * 8 * n_counts  # value and column of the counts, their three parts, and what is drawn to part them
-    seen = VIEW * n_counts + (MASKS * n_cells * n_genes if masked else 0)
+    seen = VIEW * n_counts + (MASKS * n_cells * n_genes if hides else 0)
     # The views of the next FOVs are made while those before are in use.
     views = 2 * min(buffer, seen)
     training = views + 4 * step * n_genes * (2 * n_decoded + n_inputs) + 4 * weights * (COPIES - 1)

@@ -574,13 +574,14 @@ class SpaFormer:
             buffer=BUFFER_BYTES,
             n_inputs=1 + s.hops,
             n_decoded=10 if self._decodes_little(masked) else 14,
-            width=max((14 if form.n_layers else 3) * form.dim for form in forms),
-            all_widths=3 * (sum(form.dim for form in forms) + (s.n_networks - len(forms)) * forms[0].dim),
+            width=max(_width(form) for form in forms),
+            all_widths=3 * (sum(form.dim for form in forms) + (s.n_networks - len(forms)) * max(f.dim for f in forms)),
             weights=max(weights),
             all_weights=sum(weights) + (s.n_networks - len(weights)) * max(weights),
             n_trainings=1 if s.dropout or self.devices > 1 else min(workers.n, n_together),
             n_threads=workers.n,
             masked=masked,
+            hides=masked or not {"thinning", "none"}.issuperset(s.masking),
             pooled=s.n_pooled > 0,
             kept=kept,
             n_workers=self.devices if self.devices > 1 and not launched() else 0,
@@ -1536,6 +1537,14 @@ class SpaFormer:
         except UNREADABLE as error:
             raise ValueError(f"{os.fspath(path)} is damaged or not a saved model: {error}") from error
         return model
+
+
+def _width(s: Settings) -> int:
+    """Numbers that an encoder computes of a cell at a time, about."""
+    if not s.n_layers:
+        return 3 * s.dim
+    of_heads = 7 + 2 * math.ceil(math.log(s.dim)) // s.n_heads
+    return s.dim * (37 if s.graph_readers else max(14, 3 + 2 * s.feedforward, of_heads))
 
 
 def _check_shares(what: str, values: NDArray[np.floating]) -> None:

@@ -126,7 +126,7 @@ def test_ragged_batch_equals_one_fov_at_a_time(make: object) -> None:
     torch.testing.assert_close(module(x, lengths), alone, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("make", KINDS[1:])
 def test_without_gradients_the_result_is_the_same(make: object) -> None:
     module, lengths = seeded(make()), [40, 7, 40]
     x = tokens(sum(lengths))

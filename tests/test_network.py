@@ -180,12 +180,15 @@ def test_rings_average_over_one_and_over_exactly_two_steps() -> None:
 def test_the_dense_product_of_sparse_matrices(index) -> None:
     rng = np.random.default_rng(0)
     left, right = (sp.random(*shape, 0.3, "csr", np.float32, random_state=rng) for shape in ((9, 14), (14, 6)))
-    left.indices, left.indptr = left.indices.astype(index), left.indptr.astype(index)
+    for matrix in (left, right):
+        matrix.indices, matrix.indptr = matrix.indices.astype(index), matrix.indptr.astype(index)
     found = dense_product(left, right)
     assert found.dtype == np.float32
-    assert (found == (left @ right).toarray()).all()
+    np.testing.assert_allclose(found, (left @ right).toarray(), rtol=1e-6)
     assert not dense_product(left[:0], right).size
     assert not dense_product(sp.csr_matrix((3, 14), dtype=np.float32), right).any()
+    with pytest.raises(ValueError, match="have no product"):
+        dense_product(right, left)
 
 
 def test_neighbour_means_leave_hidden_entries_out() -> None:

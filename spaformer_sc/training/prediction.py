@@ -43,16 +43,17 @@ class Said:
             return [network.embed(tokens) for network in networks]
 
         @torch.inference_mode()
-        def exchanged(task: tuple[Network, Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
-            network, parts = task
-            x, context = whole.exchange(network, torch.cat(list(parts)))
+        def exchanged(task: tuple[Network, Tensor]) -> tuple[Tensor, Tensor]:
+            network, embedded = task
+            x, context = whole.exchange(network, embedded)
             return (x if network.config.wide else context), context  # nothing but a wide path reads `x` again
 
         blocks = workers.map(embedded, torch.split(torch.arange(whole.view.fov.n_cells), BLOCK))
         by_network = list(zip(*blocks, strict=True))[::-1]
-        # Each is dropped once it has been exchanged.
-        self._exchanged = list(workers.map(exchanged, ((network, by_network.pop()) for network in networks)))
-        if len(networks) > 1:
+        # Each is dropped once it is joined.
+        tasks = ((network, torch.cat(by_network.pop())) for network in networks)
+        self._exchanged = list(workers.map(exchanged, tasks))
+        if len(networks) > 1:  # not in each of many validations
             give_back()
 
     def in_blocks(

@@ -19,7 +19,7 @@ from spaformer_sc.nn.network import Network, Positions, Tokens
 from .sparse import dense_product
 
 BUFFER_BYTES = 96 * 2**20
-"""Memory for the corrupted views of the FOVs that are shuffled together, at most."""
+"""Memory for the corrupted views of the FOVs that are shuffled together, about; at least one is."""
 
 
 @dataclass(frozen=True)
@@ -483,7 +483,7 @@ class Sampler:
 
     @staticmethod
     def _cost(sequence: FieldCounts) -> int:
-        """Bytes of a corrupted view at most: counts and target at the places of counts, masks, values as if dense."""
+        """About the bytes of a corrupted view, were its values dense, and masked only where entries are missing."""
         n_cells, n_genes = sequence.fov.n_cells, sequence.matrix.shape[1]
         filled = np.diff(sequence.matrix.indptr)
         n_counts = filled.sum() if sequence.rows is None else filled[sequence.rows].sum()

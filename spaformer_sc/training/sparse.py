@@ -14,7 +14,14 @@ def dense_product(left: sp.csr_matrix, right: sp.csr_matrix) -> NDArray[np.float
     """Product of two matrices, CSR float32, as a dense one.
 
     SciPy makes a sparse matrix of such a product first, which takes several times as long.
+
+    Raises
+    ------
+    ValueError
+        If the columns of ``left`` are not as many as the rows of ``right``.
     """
+    if left.shape[1] != right.shape[0]:
+        raise ValueError(f"matrices of {left.shape} and {right.shape} have no product")
     out = np.zeros((left.shape[0], right.shape[1]), dtype=np.float32)
     _add_product(left.indptr, left.indices, left.data, right.indptr, right.indices, right.data, out)
     return out

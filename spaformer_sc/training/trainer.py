@@ -226,7 +226,7 @@ class _Watch:
         return score != -math.inf and all(bool(weight.isfinite().all()) for weight in self.network.parameters())
 
     def confirm(self) -> None:
-        """Take note that the loss is finite with the weights validated last: those before them are not needed."""
+        """Take note that the loss after the last validation is finite: what was best before it is not needed."""
         self._best_before = {}
 
     def state(self) -> dict[str, Any]:
