@@ -535,6 +535,14 @@ def in_form(settings: Settings, form: str, n_cells: int = 0) -> Settings:
     )
 
 
+def n_computed(s: Settings) -> int:
+    """Numbers that an encoder computes of a cell at a time, about."""
+    if not s.n_layers:
+        return 3 * s.dim
+    of_heads = 7 + 2 * math.ceil(math.log(s.dim)) // s.n_heads
+    return s.dim * (37 if s.graph_readers else max(14, 3 + 2 * s.feedforward, of_heads))
+
+
 def n_weights(settings: Settings, form: str, n_genes: int) -> int:
     """Number of weights of one network, about."""
     s = in_form(settings, form)

@@ -29,6 +29,7 @@ from ._config import (
     Settings,
     Training,
     in_form,
+    n_computed,
     n_weights,
     resolve,
     with_missing,
@@ -574,7 +575,7 @@ class SpaFormer:
             buffer=BUFFER_BYTES,
             n_inputs=1 + s.hops,
             n_decoded=10 if self._decodes_little(masked) else 14,
-            width=max(_width(form) for form in forms),
+            width=max(n_computed(form) for form in forms),
             all_widths=3 * (sum(form.dim for form in forms) + (s.n_networks - len(forms)) * max(f.dim for f in forms)),
             weights=max(weights),
             all_weights=sum(weights) + (s.n_networks - len(weights)) * max(weights),
@@ -1046,7 +1047,7 @@ class SpaFormer:
                             f"values among its counts and coordinates; `target_sum` is {target_sum:g}."
                         )
                     gathered.add(number, field.cells[inside], field.weight[inside], block)
-                    del sequence, whole, block
+                    del sequence, whole, block  # before the next is read
                     give_back()
                 done += int(field.own.sum())
                 bar.update(done, gathered.n_cells)
@@ -1537,14 +1538,6 @@ class SpaFormer:
         except UNREADABLE as error:
             raise ValueError(f"{os.fspath(path)} is damaged or not a saved model: {error}") from error
         return model
-
-
-def _width(s: Settings) -> int:
-    """Numbers that an encoder computes of a cell at a time, about."""
-    if not s.n_layers:
-        return 3 * s.dim
-    of_heads = 7 + 2 * math.ceil(math.log(s.dim)) // s.n_heads
-    return s.dim * (37 if s.graph_readers else max(14, 3 + 2 * s.feedforward, of_heads))
 
 
 def _check_shares(what: str, values: NDArray[np.floating]) -> None:

@@ -75,7 +75,7 @@ class Evidence:
         Visible counts (cells, genes).
     near
         How often a cell is among those that count for another, 0, 1 or 2 (cells asked for, cells).
-    depth
+    scale
         By what ``shown`` is multiplied to give as many transcripts as were counted in a cell (cells,).
     """
 
@@ -83,7 +83,7 @@ class Evidence:
     shown: NDArray[np.float32]
     counts: sp.csr_matrix
     near: sp.csr_matrix
-    depth: NDArray[np.float32]
+    scale: NDArray[np.float32]
 
     @classmethod
     def of(cls, said: Said, weights: NDArray[np.float64], n: int, cells: NDArray[np.int64] | None = None) -> Evidence:
@@ -122,7 +122,7 @@ class Evidence:
         """Transcripts counted and expected in the cells alike, of a block of those asked for (cells, genes each)."""
         near = self.near[block]
         counted = dense_product(near, self.counts)
-        near.data = near.data * self.depth[near.indices]
+        near.data = near.data * self.scale[near.indices]
         return counted, near @ self.shown
 
 

@@ -90,7 +90,7 @@ def neighbour_values(
     Parameters
     ----------
     values
-        Normalised expression (cells, genes), CSR float32; hidden entries hold nothing.
+        Normalised expression (cells, genes), CSR float32, 0 where hidden.
     visible
         Which entries are visible, 1 or True, (cells, genes), or None when everything is.
     ring
